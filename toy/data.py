@@ -1,0 +1,418 @@
+"""The toy's images: MNIST and its like, a folder of one's own pictures, or digits drawn here from fonts ("glyphs").
+
+Images are kept as uint8, (N, C, H, W), and become float32 in [-1, 1] only in the batch that needs them.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+
+
+class DataError(Exception):
+    """The data asked for cannot be had. The message is one line: what, why, and what to do about it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training images and held-out test images, wholly in memory."""
+
+    name: str  # what to call it in a report
+    train_images: Tensor  # (N, C, H, W) uint8
+    train_labels: Tensor  # (N,) int64
+    test_images: Tensor  # (M, C, H, W) uint8, held out
+    test_labels: Tensor  # (M,) int64
+    classes: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any pixel, label or class name."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+def to_float(images):
+    """uint8 → float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float in [-1, 1] → uint8, rounded; what lies outside is clamped. The inverse of `to_float`."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Batches:
+    """Endless shuffled batches of (float images (B, C, H, W) in [-1, 1], labels (B,)).
+
+    Each epoch is a fresh permutation, and a batch may straddle two, so every image is seen equally often. The order
+    depends on the seed alone. `images` may be uint8 or float, on any device.
+    """
+
+    def __init__(self, images, labels, batch_size, seed):
+        assert len(images) == len(labels) > 0, f"{len(images)} images but {len(labels)} labels"
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self._start_epoch()
+
+    def _start_epoch(self):
+        self.epoch_start = self.generator.get_state()  # all that a resumed run needs to draw the same permutation
+        self.order = torch.randperm(len(self.images), generator=self.generator)
+        self.position = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        parts, missing = [], self.batch_size
+        while missing:
+            if self.position == len(self.order):
+                self._start_epoch()
+            parts.append(self.order[self.position : self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        index = torch.cat(parts).to(self.images.device)
+        images = self.images[index]
+        return images if images.is_floating_point() else to_float(images), self.labels[index.to(self.labels.device)]
+
+    def state_dict(self):
+        return {"epoch_start": self.epoch_start, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["epoch_start"])
+        self._start_epoch()
+        self.position = state["position"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading by name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(name, data_dir=None, *, seed=0, size=32, limit=None):
+    """The dataset of that name, from `data_dir` (`data` when None), with at most `limit` images in each split.
+
+    auto is MNIST where it is on disk or can be downloaded, else glyphs. Any other name is that dataset or a DataError.
+    `seed` draws the glyphs; `size` is the side of glyphs and folder images, the other sets being 32x32 only.
+    """
+    root = Path("data" if data_dir is None else data_dir)
+    if name not in NAMES:
+        raise DataError(f"--dataset {name}: no such dataset; choose one of {', '.join(NAMES)}")
+    if name == "auto":
+        name = "glyphs" if _fetch("mnist", root) else "mnist"
+    if name == "glyphs":
+        return _load_glyphs(seed, size, limit)
+    if name == "folder":
+        return _load_folder(root, size, limit)
+    return _load_torchvision(name, root, size, limit)
+
+
+def _count(images):
+    return f"({len(images):,} training images)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MNIST, Fashion-MNIST, CIFAR-10
+# ---------------------------------------------------------------------------------------------------------------------
+
+_IDX = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+_CIFAR = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+_TORCHVISION = {  # name: (torchvision's class, what people call it, its folder under --data-dir, the files in it)
+    "mnist": ("MNIST", "MNIST", "MNIST/raw", _IDX),
+    "fashion-mnist": ("FashionMNIST", "Fashion-MNIST", "FashionMNIST/raw", _IDX),
+    "cifar10": ("CIFAR10", "CIFAR-10", "cifar-10-batches-py", _CIFAR),
+}
+_SILENT_SECONDS = 10  # a network that says nothing for this long counts as absent
+
+
+def _load_torchvision(name, root, size, limit):
+    kind, title, folder, files = _TORCHVISION[name]
+    if size != 32:
+        raise DataError(f"--dataset {name}: {title} is 32x32 here, not {size}x{size}; take another size or dataset")
+    if reason := _fetch(name, root):
+        raise DataError(
+            f"--dataset {name}: {title} is not in --data-dir {root} and cannot be downloaded ({reason}); "
+            f"put {', '.join(files)} into {root / folder}, or use --dataset glyphs, which needs no files"
+        )
+    try:
+        train, test = (_read_torchvision(kind, root, split, limit) for split in (True, False))
+    except Exception as error:  # torchvision raises all sorts on damaged files
+        raise DataError(
+            f"--dataset {name}: cannot read {title} in --data-dir {root} ({_one_line(error)}); "
+            f"remove {root / folder} to have it downloaded again, or use --dataset glyphs"
+        ) from error
+    return Dataset(f"{title} {_count(train[0])}", *train[:2], *test)
+
+
+def _read_torchvision(kind, root, train, limit):
+    """(images (N, C, 32, 32) uint8, labels (N,), class names)."""
+    from torchvision import datasets
+
+    source = getattr(datasets, kind)(root, train=train, download=False)
+    images, labels = torch.as_tensor(source.data)[:limit], torch.as_tensor(source.targets)[:limit].long()
+    if len(source.data) != len(source.targets):
+        raise ValueError(f"{len(source.data)} images but {len(source.targets)} labels")
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    border = (32 - images.shape[-1]) // 2  # the 28x28 sets get a black frame: 32 halves more often
+    classes = tuple(name.split(" - ")[0] for name in source.classes)  # MNIST says "0 - zero"
+    return F.pad(images, [border] * 4).contiguous(), labels, classes
+
+
+def _fetch(name, root):
+    """Have the files of a torchvision dataset under `root`, downloading them if need be. Returns why not, or None."""
+    kind, title, folder, files = _TORCHVISION[name]
+    if all((root / folder / file).is_file() for file in files):
+        return None
+    print(f"{title} is not in {root}: trying to download it", file=sys.stderr, flush=True)
+    try:
+        _download(kind, root)
+    except Exception as error:  # no network, a full disk, a folder that cannot be written, a damaged archive ...
+        return _one_line(error)
+    return None
+
+
+def _download(kind, root):
+    """Download into a scratch folder and move whole files from there, so that a broken-off download leaves nothing."""
+    from torchvision import datasets
+
+    root.mkdir(parents=True, exist_ok=True)
+    timeout, noise = socket.getdefaulttimeout(), io.StringIO()
+    socket.setdefaulttimeout(_SILENT_SECONDS)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch,
+            contextlib.redirect_stdout(noise),
+            contextlib.redirect_stderr(noise),
+        ):
+            getattr(datasets, kind)(scratch, download=True)
+            for file in [path for path in Path(scratch).rglob("*") if path.is_file()]:
+                target = root / file.relative_to(scratch)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _one_line(error):
+    """The last line of an error's message: torchvision's longer ones end with the cause."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of pictures: CLASS/picture, or train/CLASS/picture and test/CLASS/picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+_HELD_OUT = 10  # without a test folder, one picture in ten of each class is held out
+_REMEDY = "give --data-dir a folder that holds one folder of images per class"
+
+
+def _load_folder(root, size, limit):
+    train, test, classes = _split_folder(root)
+    train_images, train_labels = _read_pictures(train[:limit], size)
+    test_images, test_labels = _read_pictures(test[:limit], size)
+    if all((images == images[:, :1]).all() for images in (train_images, test_images)):  # all grey: one channel will do
+        train_images, test_images = train_images[:, :1].contiguous(), test_images[:, :1].contiguous()
+    name = f"folder {root} {_count(train_images)}"
+    return Dataset(name, train_images, train_labels, test_images, test_labels, classes)
+
+
+def _split_folder(root):
+    """(training pictures, test pictures, class names), the pictures being (path, label) pairs."""
+    if not root.is_dir():
+        raise DataError(f"--dataset folder: --data-dir {root} is not a folder; {_REMEDY}")
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if held_out and (root / "train").is_dir():
+        train, test = _list_pictures(root / "train"), _list_pictures(held_out)
+        if train.keys() != test.keys():
+            odd = ", ".join(sorted(train.keys() ^ test.keys()))
+            raise DataError(
+                f"--dataset folder: {root / 'train'} and {held_out} hold different classes ({odd}); "
+                "give both the same class folders"
+            )
+    else:
+        pictures = _list_pictures(root)
+        for name, paths in pictures.items():
+            if len(paths) < 2:
+                raise DataError(
+                    f"--dataset folder: {root / name} holds a single image, and one must be held out; "
+                    "add images to it or remove it"
+                )
+        test = {name: paths[::_HELD_OUT] for name, paths in pictures.items()}
+        train = {name: [p for i, p in enumerate(paths) if i % _HELD_OUT] for name, paths in pictures.items()}
+    return _interleave(train), _interleave(test), tuple(train)
+
+
+def _list_pictures(root):
+    """{class name: sorted paths} of the class folders in `root`, in the order of their names."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise DataError(f"--dataset folder: --data-dir {root} holds no class folders; {_REMEDY}")
+    pictures = {f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in IMG_EXTENSIONS) for f in folders}
+    for name, paths in pictures.items():
+        if not paths:
+            raise DataError(f"--dataset folder: no image in --data-dir {root / name}; add some, or {_REMEDY}")
+    return pictures
+
+
+def _interleave(pictures):
+    """(path, label) pairs, the first of every class, then the second ...: `limit` then keeps all the classes."""
+    ranked = [(i, label, p) for label, paths in enumerate(pictures.values()) for i, p in enumerate(paths)]
+    return [(path, label) for _, label, path in sorted(ranked)]
+
+
+def _read_pictures(pictures, size):
+    """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre cropped."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+
+    images = []
+    for path, _ in pictures:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except Exception as error:  # PIL raises a dozen kinds on damaged files
+            raise DataError(
+                f"--dataset folder: cannot read {path} ({_one_line(error)}); replace it or remove it from --data-dir"
+            ) from error
+        images.append(pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)))
+    return torch.stack(images), torch.tensor([label for _, label in pictures])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Glyphs: digits from the fonts that matplotlib ships, each bent, tilted, thinned or thickened at random
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FONTS = (  # those of matplotlib's fonts that draw plain digits; cmmi10's are old-style, cmex10 and cmsy10 have none
+    *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
+    *("DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
+    *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
+    *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta"),
+    *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
+)
+_MASTER = 96  # side of the masters, of which digits fill a box of height _TALL
+_TALL = 72
+_CHUNK = 500  # glyphs drawn at once; part of the definition, since the random numbers are drawn chunk by chunk
+_TEST_SEED = 2**31  # added for the test images: no seed below this gives as training images what another tests on
+
+
+def _load_glyphs(seed, size, limit):
+    n_train, n_test = (n if limit is None else min(n, limit) for n in (20_000, 10_000))
+    train, test = glyphs(n_train, seed, size), glyphs(n_test, seed + _TEST_SEED, size)
+    return Dataset("glyphs (built in)", *train, *test, classes=tuple("0123456789"))
+
+
+def glyphs(n, seed=0, size=32):
+    """White digits on black: (images (n, 1, size, size) uint8, labels (n,)), each ten in a row holding all ten digits.
+
+    The first images of a larger `n` are those of a smaller one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chunks = [_draw_chunk(generator, size) for _ in range(math.ceil(n / _CHUNK))]
+    images, labels = (torch.cat(parts)[:n] for parts in zip(*chunks))
+    return images, labels
+
+
+def _draw_chunk(generator, size):
+    """_CHUNK glyphs. Lengths are in pixels of a 32x32 image, and the origin is the image's centre."""
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(_CHUNK, *shape, generator=generator)
+
+    labels = torch.rand(_CHUNK // 10, 10, generator=generator).argsort(dim=1).flatten()
+    masters, extents = _masters()
+    font = torch.randint(len(_FONTS), (_CHUNK,), generator=generator)
+    distance, extent = masters[font, labels], extents[font, labels]
+
+    height, widening = uniform(17, 24), uniform(0.8, 1.25)
+    thicken, blur = uniform(-0.2, 0.7), uniform(1.0, 1.7)
+    matrix = _affine(angle=uniform(-15, 15), shear=uniform(-0.25, 0.25), scale=height / _TALL, widening=widening)
+    bend = 0.8 * torch.randn(_CHUNK, 2, 4, 4, generator=generator).clamp(-2, 2)
+
+    room = 16 - 2 * max(1, 32 / size)  # half the box that the digit may fill, from here on for each glyph
+    room = room - bend.abs().amax(dim=(1, 2, 3)) - thicken.clamp(min=0)
+    reach = (matrix.abs() @ extent[..., None]).squeeze(-1)  # half the digit's own box, (_CHUNK, 2)
+    shrink = (room[:, None] / reach).amin(dim=1).clamp(max=1)
+    matrix, reach = matrix * shrink[:, None, None], reach * shrink[:, None]
+    shift = uniform(-1, 1, 2) * (room[:, None] - reach).clamp(max=3)
+
+    pixel = matrix.det().sqrt()[:, None, None]  # image pixels per master pixel
+    sampled = _sample(distance, matrix.inverse(), shift, bend, size)
+    ink = 0.5 + (sampled * pixel + thicken[:, None, None]) * size / 32 / blur[:, None, None]
+    return (ink.clamp(0, 1) * 255).round().to(torch.uint8)[:, None], labels
+
+
+def _affine(angle, shear, scale, widening):
+    """(N, 2, 2) matrices that scale, widen, shear, then turn by `angle` degrees."""
+    cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    lean = torch.stack([one, shear, zero, one], dim=1).view(-1, 2, 2)
+    stretch = torch.stack([scale * widening, zero, zero, scale], dim=1).view(-1, 2, 2)
+    return turn @ lean @ stretch
+
+
+def _sample(distance, inverse, shift, bend, size):
+    """Read (N, M, M) masters where the pixels of (N, size, size) images come from."""
+    axis = (torch.arange(size) + 0.5) * 32 / size - 16
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (size, size, 2), x before y
+    bend = F.interpolate(bend, (size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    source = (grid - shift[:, None, None] + bend) @ inverse.mT[:, None]
+    source = source / (_MASTER / 2)
+    return F.grid_sample(distance[:, None], source, padding_mode="border", align_corners=False)[:, 0]
+
+
+@cache
+def _masters():
+    """(fonts, 10, _MASTER, _MASTER) signed distances to each digit's outline, positive inside, in pixels; and
+    (fonts, 10, 2) half widths and heights.
+
+    On a distance map a stroke grows by adding a constant, and stays sharp however it is resampled.
+    """
+    masks = torch.stack([_render(font, digit) for font in _FONTS for digit in "0123456789"])
+    outside, inside = (torch.stack([_distance_to(mask) for mask in ink]) for ink in (masks, ~masks))
+    distance = torch.where(masks, inside - 0.5, 0.5 - outside)
+    extents = torch.stack([masks.any(dim=1).sum(dim=1), masks.any(dim=2).sum(dim=1)], dim=1) / 2
+    return distance.view(len(_FONTS), 10, _MASTER, _MASTER), extents.view(len(_FONTS), 10, 2)
+
+
+def _render(font, digit):
+    """(_MASTER, _MASTER) bool: the digit, _TALL high, in the middle."""
+    import matplotlib
+    import numpy
+    from PIL import Image, ImageDraw, ImageFont
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
+    large = Image.new("L", (600, 600))
+    ImageDraw.Draw(large).text((150, 50), digit, fill=255, font=ImageFont.truetype(str(path), 300))
+    ink = large.crop(large.getbbox())
+    ink = ink.resize((min(_MASTER - 8, round(ink.width * _TALL / ink.height)), _TALL), Image.Resampling.BOX)
+    master = Image.new("L", (_MASTER, _MASTER))
+    master.paste(ink, ((_MASTER - ink.width) // 2, (_MASTER - ink.height) // 2))
+    return torch.from_numpy(numpy.array(master)) > 127
+
+
+def _distance_to(mask):
+    """(M, M) distance from each pixel to the nearest True one: the minimum along rows, then along columns."""
+    axis = torch.arange(len(mask))
+    steps = (axis[:, None] - axis).square().float()
+    squared = torch.where(mask, 0.0, 1e6)
+    for _ in range(2):
+        squared = (squared[:, None, :] + steps).amin(dim=2).T
+    return squared.sqrt()

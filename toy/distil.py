@@ -1,0 +1,99 @@
+"""Distils the teacher into a student with add.py: the plain loop around ADD.step."""
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from toy import settings as toy_settings
+from toy.data import Batches
+from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
+from toy.teacher import make_denoiser
+
+
+def build_add(teacher, features, classes, settings, device):
+    """add.ADD with a student that starts as a copy of the teacher, and fresh heads on every level of F."""
+    student = Student(copy.deepcopy(teacher), settings.distil_timesteps).requires_grad_(True)
+    heads = DiscriminatorHeads(
+        [features.width] * features.levels,
+        text_dim=classes if settings.distil_c_text else 0,
+        image_dim=features.width if settings.distil_c_img else 0,
+        hidden=settings.distil_head_width,
+        kernel=settings.distil_head_kernel,
+        c_map=settings.distil_c_map,
+    )
+    config = ADDConfig(
+        lambda_=settings.distil_lambda,
+        gamma=settings.distil_gamma,
+        weight=settings.distil_weight,
+        guidance=settings.distil_guidance,
+        teacher_steps=settings.distil_teacher_steps,
+    )
+    return ADD(student, teacher, Discriminator(features, heads, settings.distil_augment), config).to(device).train()
+
+
+def make_batch(images, labels, features, classes, settings):
+    """add.Batch of labelled images: the class is the condition of the denoisers, and one-hot that of the heads."""
+    null = torch.full_like(labels, classes)
+    c_text = F.one_hot(labels, classes).float() if settings.distil_c_text else None
+    c_img = None
+    if settings.distil_c_img:
+        with torch.no_grad():
+            c_img = features.summary(images)
+    # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above the threshold.
+    return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
+
+
+def distil(folder, data, settings, teacher, features, device, key):
+    """(Student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
+    torch.manual_seed(settings.seed + 4)
+    classes, steps = len(data.classes), settings.distil_steps
+    add = build_add(teacher, features, classes, settings, device)
+    network = add.student.denoiser.network
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.distil_ema))
+    betas = (settings.distil_beta1, 0.99)
+    student_optimizer = torch.optim.Adam(network.parameters(), lr=settings.distil_student_lr, betas=betas)
+    heads_optimizer = torch.optim.Adam(add.discriminator.heads.parameters(), lr=settings.distil_heads_lr, betas=betas)
+    lr = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
+        for optimizer in (student_optimizer, heads_optimizer)
+    ]
+    batches = Batches(data.train_images, data.train_labels, settings.distil_batch, settings.seed + 4)
+    generator = torch.Generator(device).manual_seed(settings.seed + 4)
+
+    def step(i):
+        images, labels = (x.to(device) for x in next(batches))
+        batch = make_batch(images, labels, features, classes, settings)
+        log = add.step(batch, student_optimizer, heads_optimizer, generator).log
+        ema.update_parameters(network)
+        for schedule in lr:
+            schedule.step()
+        return log | {"hinge_per_head": log["hinge"] / features.levels}
+
+    parts = {
+        "student": network, "ema": ema, "heads": add.discriminator.heads, "student_optimizer": student_optimizer,
+        "heads_optimizer": heads_optimizer, "student_lr": lr[0], "heads_lr": lr[1], "batches": batches,
+        "generator": GeneratorState(generator),
+    }  # fmt: skip
+    seconds = run_loop(folder, "ADD", parts, step, steps, key)
+    network.load_state_dict(ema.module.state_dict())
+    save(folder / "student.pt", {
+        "settings": dataclasses.asdict(settings), "classes": list(data.classes),
+        "shape": list(data.train_images.shape[1:]), "network": network.state_dict(),
+    })  # fmt: skip
+    return add.student.eval().requires_grad_(False), seconds
+
+
+def load_student(folder):
+    """(Student on the CPU, image shape (C, H, W), class names) of a finished run. TrainingError if it is none."""
+    path = folder / "distil" / "student.pt"
+    if not path.exists():
+        raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
+    state = load(path)
+    settings, classes = toy_settings.from_dict(state["settings"]), tuple(state["classes"])
+    denoiser = make_denoiser(state["shape"][0], len(classes), settings)
+    denoiser.network.load_state_dict(state["network"])
+    return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

@@ -1,0 +1,107 @@
+"""Scores the teacher and the student, and times them; report.py shows what comes out."""
+
+import time
+
+import torch
+
+from add import ddim
+from toy.data import to_float
+from toy.metrics import embed, frechet_distance, measure
+
+BATCH = 250  # images drawn at once
+
+
+def balanced_labels(n, classes, device):
+    """(n,) labels 0, 1, …, classes-1, 0, 1, …"""
+    return torch.arange(n, device=device) % classes
+
+
+def noise_for(n, shape, seed, device):
+    """(n, *shape) unit noise from a seed; drawn on the CPU, so that every device gets the same."""
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def ddim_timesteps(T, steps):
+    """Trailing: 50 steps of 1000 are 999, 979, …, 19."""
+    return [T - 1 - i * T // steps for i in range(steps)]
+
+
+@torch.no_grad()
+def sample_teacher(teacher, noise, labels, steps, guidance=1.0):
+    """Images (B, C, H, W) in [-1, 1] by DDIM from unit noise; labels (B,)."""
+    timesteps = [torch.full_like(labels, t) for t in ddim_timesteps(len(teacher.schedule), steps)]
+    null = torch.full_like(labels, teacher.network.classes)
+    images = [
+        ddim(teacher, z, [t[: len(z)] for t in timesteps], y, guidance, null)
+        for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True)
+    ]
+    return torch.cat(images).clamp(-1, 1)
+
+
+def sample_student(student, noise, labels, steps, seed):
+    """Images (B, C, H, W) in [-1, 1] from unit noise; seed is of the fresh noise between steps."""
+    generator = torch.Generator(noise.device).manual_seed(seed)
+    images = [
+        student.sample(z, y, steps, generator=generator)
+        for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True)
+    ]
+    return torch.cat(images).clamp(-1, 1)
+
+
+def synchronize(device):
+    """Wait for a GPU, so that a clock read next means something."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def evaluate(data, settings, metric_net, teacher, student, device):
+    """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, from settings.eval_images
+    images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at its best steps.
+    """
+    n, shape = settings.eval_images, data.train_images.shape[1:]
+    labels, noise = balanced_labels(n, len(data.classes), device), noise_for(n, shape, settings.seed + 5, device)
+    test = to_float(data.test_images)
+    test_features, predicted = embed(metric_net, test, device)
+
+    def row(name, steps, guidance, draw, evaluations):
+        synchronize(device)
+        began = time.time()
+        images = draw()
+        synchronize(device)
+        seconds = time.time() - began
+        figures = measure(metric_net, images.cpu(), labels.cpu(), test, test_features, device)
+        print(f"  {name}, {steps} steps, guidance {guidance:g}: distance {figures['fd']:.2f}", flush=True)
+        return figures | {
+            "name": name, "steps": steps, "guidance": guidance, "evaluations": evaluations,
+            "images_per_second": n / seconds,
+        }  # fmt: skip
+
+    def teacher_row(steps, guidance):
+        evaluations = steps * (2 if guidance != 1 else 1)
+        return row(
+            "teacher", steps, guidance, lambda: sample_teacher(teacher, noise, labels, steps, guidance), evaluations
+        )
+
+    best = settings.eval_steps[-1]
+    candidates = [teacher_row(best, g) for g in settings.eval_guidances]
+    guidance = min(candidates, key=lambda r: r["fd"])["guidance"]
+    teacher_rows = [teacher_row(steps, guidance) for steps in settings.eval_steps[:-1]] + candidates
+
+    counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
+    student_rows = [
+        row("student", k, 1.0, lambda k=k: sample_student(student, noise, labels, k, settings.seed + 6), k)
+        for k in counts
+    ]
+    train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]
+    every_train = embed(metric_net, to_float(data.train_images), device)[0]
+    real = measure(metric_net, train, train_labels, test, test_features, device)
+    return {
+        "n": n,
+        "test_images": len(test),
+        "metric_accuracy": (predicted == data.test_labels).float().mean().item(),
+        "floor": frechet_distance(every_train, test_features),  # all training images: what no sampler can be below
+        "real": real | {"name": "real training images", "steps": None, "guidance": None, "evaluations": None},
+        "best_guidance": guidance,
+        "teacher": teacher_rows,
+        "student": student_rows,
+    }

@@ -1,0 +1,104 @@
+"""The discriminator's feature network F: a plain ViT trained on the run's own data, or the real DINOv2."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from add import readout
+from toy.data import Batches
+from toy.loop import GeneratorState, run_loop
+from toy.networks import ViT
+
+OBJECTIVES = ("classify", "denoise", "both")
+
+
+def make_features(folder, data, settings, device, key):
+    """(F, seconds): maps images to token maps; has width, levels (how many maps) and summary(images) → (B, width).
+
+    ValueError for an unknown --features or --features-objective.
+    """
+    if settings.features == "dinov2":
+        return DinoV2().to(device).requires_grad_(False).eval(), 0.0
+    if settings.features != "trained":
+        raise ValueError(f"--features {settings.features}: choose trained or dinov2")
+    if settings.features_objective not in OBJECTIVES:
+        raise ValueError(f"--features-objective {settings.features_objective}: choose one of {', '.join(OBJECTIVES)}")
+    return train_vit(folder, data, settings, device, key)
+
+
+def train_vit(folder, data, settings, device, key):
+    """(ViT, seconds), trained to name the class, to rebuild the clean patches of a noisy image, or both."""
+    torch.manual_seed(settings.seed + 2)
+    channels, size = data.train_images.shape[1], data.train_images.shape[-1]
+    vit = ViT(channels, size, settings.features_patch, settings.features_width, settings.features_depth)
+    classify = nn.Linear(vit.width, len(data.classes))
+    rebuild = nn.Linear(vit.width, channels * vit.patch**2)
+    networks = nn.ModuleList([vit, classify, rebuild]).to(device)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=settings.features_steps)
+    batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
+    generator = torch.Generator(device).manual_seed(settings.seed + 2)
+
+    def step(i):
+        images, labels = (x.to(device) for x in next(batches))
+        noisy = images
+        if settings.features_objective != "classify":
+            level = torch.rand(len(images), 1, 1, 1, device=device, generator=generator)
+            noisy = images + level * torch.randn(images.shape, device=device, generator=generator)
+        tokens = vit.states(noisy)[-1]
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=vit.patch, q=vit.patch)
+        log = {
+            "class": F.cross_entropy(classify(tokens[:, 0]), labels),
+            "rebuild": F.mse_loss(rebuild(tokens[:, 1:]), patches),
+        }
+        weights = {"classify": (1, 0), "denoise": (0, 1), "both": (0.1, 1)}[settings.features_objective]
+        optimizer.zero_grad()
+        sum(w * loss for w, loss in zip(weights, log.values(), strict=True)).backward()
+        optimizer.step()
+        schedule.step()
+        return {name: loss.detach() for name, loss in log.items()}
+
+    parts = {
+        "networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches,
+        "generator": GeneratorState(generator),
+    }  # fmt: skip
+    seconds = run_loop(folder, "features F", parts, step, settings.features_steps, key)
+    return vit.eval().requires_grad_(False), seconds
+
+
+class DinoV2(nn.Module):
+    """DINOv2 ViT-S/14 from torch.hub at 112 x 112: (B, 64, 384) tokens after the embedding and blocks 2, 5, 8, 11."""
+
+    width, levels, size, blocks = 384, 5, 112, (2, 5, 8, 11)
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.network = torch.hub.load("facebookresearch/dinov2", "dinov2_vits14", verbose=False)
+        except Exception as error:  # whatever a missing network, cache or certificate raises
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"--features dinov2: torch.hub cannot load it ({reason}); it needs the network once, or a filled "
+                "torch.hub cache; use --features trained without one"
+            ) from error
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def _states(self, images):
+        images = ((images + 1) / 2).expand(-1, 3, -1, -1)
+        images = F.interpolate(images, (self.size, self.size), mode="bicubic", align_corners=False)
+        x = self.network.prepare_tokens_with_masks((images - self.mean) / self.std)
+        states = [x]
+        for i, block in enumerate(self.network.blocks):
+            x = block(x)
+            if i in self.blocks:
+                states.append(x)
+        return states
+
+    def forward(self, images):
+        return [readout(x) for x in self._states(images)]
+
+    def summary(self, images):
+        """The normalised class token (B, 384)."""
+        return self.network.norm(self._states(images)[-1])[:, 0]

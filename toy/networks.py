@@ -1,0 +1,191 @@
+"""The toy's three kinds of network: the U-Net denoiser, the ViT whose features the discriminator reads, the classifier
+whose features the metrics are computed in.
+
+They are deliberately different from one another: a metric network that resembled the discriminator's would flatter it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from add import readout
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Denoiser: a U-Net on 2x2-unshuffled pixels (a quarter of the positions, so about a fifth of the cost)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t, dim):
+    """Sinusoidal embedding (B,) → (B, dim) of integer timesteps (Ho et al. 2020)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """norm → conv → norm, scaled and shifted by the embedding → conv, plus the input (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, channels_in, channels_out, embedding):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels_in), nn.GroupNorm(8, channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * channels_out)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, embedding):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulate(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the positions of a (B, C, H, W) map, plus the input."""
+
+    def __init__(self, channels, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(out, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
+
+
+class UNet(nn.Module):
+    """The denoiser's network f(x_t, t, label): class-conditional, two to four resolutions, attention at the lowest.
+
+    x_t (B, channels, H, W) in about [-1, 1], t (B,) integer timesteps, label (B,) in 0…classes, where `classes` itself
+    is the empty condition ∅ of classifier-free guidance. Returns a tensor of x_t's shape. H and W must be divisible by
+    2 ** len(widths).
+    """
+
+    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2):
+        super().__init__()
+        self.patch, self.classes, embedding = patch, classes, 4 * widths[0]
+        self.time = nn.Sequential(nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(classes + 1, embedding)
+        self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+
+        self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), widths[0]
+        for level, w in enumerate(widths):
+            if level > 0:
+                self.down.append(nn.Conv2d(width, w, 3, stride=2, padding=1))
+            self.down.extend(ResidualBlock(w, w, embedding) for _ in range(blocks))
+            width = w
+        self.middle = nn.ModuleList([SelfAttention(width), ResidualBlock(width, width, embedding)])
+        for w, above in zip(reversed(widths), (*reversed(widths[:-1]), None), strict=True):
+            self.up.extend(ResidualBlock(2 * w, w, embedding) for _ in range(blocks))
+            if above:
+                self.up.append(nn.Sequential(nn.Conv2d(w, 4 * above, 1), nn.PixelShuffle(2)))
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.out = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_t, t, label):
+        embedding = self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)
+        h = self.stem(F.pixel_unshuffle(x_t, self.patch))
+        skips = []
+        for layer in self.down:
+            if isinstance(layer, ResidualBlock):
+                skips.append(h := layer(h, embedding))
+            else:
+                h = layer(h)
+        for layer in self.middle:
+            h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        for layer in self.up:
+            if isinstance(layer, ResidualBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            else:
+                h = layer(h)
+        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature network F of the discriminator: a plain ViT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP on (B, N, C) (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, width, heads, expansion=2):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three n c) -> three b n l c", three=3, n=self.heads)
+        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l c -> b l (n c)"))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A plain ViT; calling it gives token maps [(B, N, width)]: after the patch embedding, then after each block.
+
+    Images (B, channels, size, size) in [-1, 1]. N = (size / patch)²; the class token is read out (add.readout).
+    """
+
+    def __init__(self, channels=1, size=32, patch=4, width=96, depth=4, heads=4):
+        super().__init__()
+        self.patch, self.width, self.levels = patch, width, depth + 1
+        self.embed = nn.Conv2d(channels, width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+
+    def states(self, images):
+        """All token maps with the class token first, [(B, 1 + N, width)]."""
+        x = rearrange(self.embed(images), "b c h w -> b (h w) c") + self.position
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states
+
+    def forward(self, images):
+        return [readout(x) for x in self.states(images)]
+
+    def summary(self, images):
+        """The class token after the last block, (B, width)."""
+        return self.states(images)[-1][:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metric network: a small convolutional classifier, of another architecture than F on purpose
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MetricNet(nn.Module):
+    """Images (B, channels, 32, 32) → class logits; features(images) gives the (B, 64) in which metrics are taken."""
+
+    def __init__(self, channels=1, classes=10, width=32):
+        super().__init__()
+
+        def stage(c_in, c_out):
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)
+            )
+
+        self.body = nn.Sequential(stage(channels, width), stage(width, 2 * width), stage(2 * width, 2 * width))
+        self.project = nn.Sequential(nn.Flatten(), nn.LazyLinear(64), nn.ReLU())
+        self.classify = nn.Linear(64, classes)
+
+    def features(self, images):
+        """(B, 64) activations before the class logits."""
+        return self.project(self.body(images))
+
+    def forward(self, images):
+        return self.classify(self.features(images))

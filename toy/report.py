@@ -1,0 +1,137 @@
+"""Writes report.md: what was run, what it cost, the table, whether the goals were met, the pictures."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+GOALS = {  # what the one-step student must reach, as the README says: preset → least ratio or value
+    "cpu": dict(fd=1.0, fd4=0.7, accuracy=0.95, recall=0.75, variance=0.6),
+    "long": dict(fd=1.0, fd4=0.7, accuracy=0.98, recall=0.9, variance=0.9),
+}
+GOALS["gpu"] = GOALS["long"]
+
+
+def commit():
+    """The repository's short commit, with + for uncommitted changes to its files; "unknown" outside a repository."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        out = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        return out.strip() + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device):
+    """The GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})" if device.type == "cpu" else device.type
+
+
+def best_teacher(results):
+    """The teacher's row at its most steps and best guidance: what the student is held against."""
+    rows = [row for row in results["teacher"] if row["guidance"] == results["best_guidance"]]
+    return max(rows, key=lambda row: row["steps"])
+
+
+def goals(results, preset):
+    """[(what, value, goal, met)] for the student against its teacher; values are ratios unless a share."""
+    teacher, goal = best_teacher(results), GOALS.get(preset, GOALS["cpu"])
+    by_steps = {row["steps"]: row for row in results["student"]}
+    one, most = by_steps[1], by_steps[max(by_steps)]
+
+    def ratio(row, name):
+        return row[name] / max(teacher[name], 1e-9)
+
+    rows = [
+        ("distance, one step, × the teacher's", ratio(one, "fd"), goal["fd"], "≤"),
+        (f"distance, {most['steps']} steps, × the teacher's", ratio(most, "fd"), goal["fd4"], "≤"),
+        ("class accuracy, one step", one["accuracy"], goal["accuracy"], "≥"),
+        ("recall, one step, × the teacher's", ratio(one, "recall"), goal["recall"], "≥"),
+        ("within-class variance of pixels, one step, ×", ratio(one, "variance_pixels"), goal["variance"], "≥"),
+        ("within-class variance of features, one step, ×", ratio(one, "variance_features"), goal["variance"], "≥"),
+    ]
+    return [(what, v, f"{sign} {g:g}", v <= g if sign == "≤" else v >= g) for what, v, g, sign in rows]
+
+
+def table(results):
+    """The Markdown table of every measured row."""
+    real = results["real"]
+    lines = [
+        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy | precision | recall | "
+        "variance (pixels, features; × real) | images/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in [real, *results["teacher"], *results["student"]]:
+        steps, guidance, evaluations = (
+            "" if row[name] is None else f"{row[name]:g}" for name in ("steps", "guidance", "evaluations")
+        )
+        name = f"**{row['name']}**" if row["name"] == "ADD student" else row["name"]
+        variance = " · ".join(f"{row[v] / real[v]:.2f}" for v in ("variance_pixels", "variance_features"))
+        speed = f"{row['images_per_second']:.0f}" if "images_per_second" in row else ""
+        lines.append(
+            f"| {name} | {steps} | {guidance} | {evaluations} | {row['fd']:.2f} | {row['accuracy']:.1%} | "
+            f"{row['precision']:.2f} | {row['recall']:.2f} | {variance} | {speed} |"
+        )
+    return lines
+
+
+def write_report(folder, data, settings, preset, command, results, seconds, device, memory_gib):
+    """folder/report.md."""
+    n = results["n"]
+    lines = [
+        f"# ADD on {data.name}",
+        "",
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · torch {torch.__version__} · "
+        f"commit {commit()}",
+        "",
+        f"{len(data.train_images):,} training images, {results['test_images']:,} held-out test images, "
+        f"{len(data.classes)} classes.",
+        "",
+        "![teacher and student from the same noise](comparison.png)",
+        "",
+        "## Figures",
+        "",
+        *table(results),
+        "",
+        f"The Fréchet distance is taken in the 64 features of this run's metric network (a small CNN, "
+        f"{results['metric_accuracy']:.1%} accurate on the test images, not the discriminator's network nor its "
+        f"architecture), between {n:,} generated images and the {results['test_images']:,} test images. It is not FID, "
+        f"and compares only within this report. {n:,} real training images in the place of generated ones give the "
+        f"first row; all of them give {results['floor']:.2f}. Precision and recall: k-NN, k = 5, against {n:,} test "
+        f"images. Variance: within a class, mean over the classes. The student uses no guidance.",
+        "",
+        "## Goals",
+        "",
+        "| one-step and few-step student against its teacher | measured | goal | |",
+        "|---|---|---|---|",
+        *(f"| {what} | {v:.3f} | {goal} | {'met' if met else '**missed**'} |" for what, v, goal, met in goals(results, preset)),
+        "",
+        "## Seconds",
+        "",
+        "| " + " | ".join(seconds) + " | all |",
+        "|" + "---|" * (len(seconds) + 1),
+        "| " + " | ".join(f"{s:.0f}" for s in seconds.values()) + f" | {sum(seconds.values()):.0f} |",
+        "",
+        f"Peak memory of the process: {memory_gib:.2f} GiB. A stage that was reused counts with the seconds it once took.",
+        "",
+        "## Pictures",
+        "",
+        "The student refines its own estimate, with fresh noise between steps:",
+        "",
+        "![refinement](refinement.png)",
+        "",
+        "What the distillation loss asks for: a real image x_0, diffused to x_s, what the student makes of it, that "
+        "diffused again, and what the teacher makes of that, the target:",
+        "",
+        "![reconstruction targets](targets.png)",
+        "",
+        "![distance against network evaluations](cost.png)",
+        "",
+        "![losses](curves.png)",
+        "",
+    ]
+    (folder / "report.md").write_text("\n".join(lines))

@@ -1,0 +1,153 @@
+"""Train a teacher, distil it with ADD, look at the pictures and the table: python toy/run.py
+
+Stages: data, metric network, feature network F, teacher, ADD, evaluation, report. Each is kept in the run folder and
+reused when its settings are the same. Ctrl-C leaves a run that `--resume` goes on with.
+"""
+
+import os
+
+# Threads that wait without spinning: on a machine that does anything else too, spinning ones made this 15 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import json
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from toy import data as datasets
+from toy import loop, pictures, report
+from toy.distil import distil
+from toy.evaluate import evaluate
+from toy.features import make_features
+from toy.metrics import train_metric_net
+from toy.settings import PRESETS, Settings, add_flags, from_dict, stage_key
+from toy.teacher import train_teacher
+
+
+def parse_arguments(argv):
+    """(arguments, {setting: value} of those given)."""
+    parser = argparse.ArgumentParser(prog="toy/run.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: gpu with CUDA or MPS, else cpu")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--out", type=Path, help="run folder; default: runs/DATASET-PRESET")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, with its settings")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_flags(parser.add_argument_group("settings (what is not given comes from the preset)"))
+    arguments = parser.parse_args(argv)
+    own = {"preset", "device", "out", "resume", "threads", "debug"}
+    return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
+
+
+def pick_device(name):
+    """CUDA, then MPS, then the CPU; or the one asked for. ValueError if it is not there."""
+    available = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
+    available.append("cpu")
+    if name and name.split(":")[0] not in available:
+        raise ValueError(f"--device {name}: not available here; this machine has {', '.join(available)}")
+    return torch.device(name or available[0])
+
+
+def configure(arguments, given, device):
+    """(settings, preset, run folder): from the preset and the flags, or on --resume from the folder's config.json."""
+    preset = arguments.preset or ("cpu" if device.type == "cpu" else "gpu")
+    settings = Settings(**PRESETS[preset] | given)
+    folder = arguments.out or Path("runs") / f"{settings.dataset}-{preset}"
+    config = folder / "config.json"
+    if arguments.resume:
+        if not config.exists():
+            raise ValueError(f"--resume: there is no run in {folder}; name its folder with --out, or leave --resume out")
+        stored = json.loads(config.read_text())
+        preset, settings = stored["preset"], from_dict(stored["settings"] | given)
+    return settings, preset, folder
+
+
+def start_over(folder, stage, key):
+    """Without --resume an unfinished stage is begun anew."""
+    path = folder / stage / "checkpoint.pt"
+    if path.exists():
+        state = loop.load(path)
+        if state["key"] == key and not state["finished"]:
+            print(f"{stage}: an unfinished checkpoint is there and is not used; --resume would go on with it")
+            path.unlink()
+
+
+def run(arguments, given):
+    """The whole job; returns the run folder."""
+    device = pick_device(arguments.device)
+    settings, preset, folder = configure(arguments, given, device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    began = time.time()
+    data = datasets.load(
+        settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None
+    )
+    seconds = {"data": time.time() - began}
+    print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"preset": preset, "settings": dataclasses.asdict(settings)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in ("metric", "features", "teacher", "distil", "eval")}
+    if not arguments.resume:
+        for stage in ("metric", "features", "teacher", "distil"):
+            start_over(folder, stage, keys[stage])
+
+    metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
+    features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
+    teacher, seconds["teacher"] = train_teacher(folder / "teacher", data, settings, device, keys["teacher"])
+    student, seconds["ADD"] = distil(folder / "distil", data, settings, teacher, features, device, keys["distil"])
+
+    path = folder / "results.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("key") != keys["eval"]:
+        began = time.time()
+        print("evaluation", flush=True)
+        results = evaluate(data, settings, metric_net, teacher, student, device)
+        stored = {"key": keys["eval"], "seconds": time.time() - began, "results": results}
+        path.write_text(json.dumps(stored, indent=1) + "\n")
+    results, seconds["evaluation"] = stored["results"], stored["seconds"]
+
+    began = time.time()
+    pictures.comparison(folder / "comparison.png", teacher, student, data, settings, results["best_guidance"], device)
+    pictures.refinement(folder / "refinement.png", student, data, settings, device)
+    pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
+    pictures.curves(folder / "curves.png", folder)
+    pictures.cost(folder / "cost.png", results)
+    seconds["pictures"] = time.time() - began
+    command = "python toy/run.py " + shlex.join(sys.argv[1:])
+    report.write_report(folder, data, settings, preset, command.strip(), results, seconds, device,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return folder, results, preset
+
+
+def main(argv=None):
+    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
+    arguments, given = parse_arguments(argv)
+    try:
+        folder, results, preset = run(arguments, given)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, datasets.DataError, loop.TrainingError) as error:
+        if arguments.debug:
+            raise
+        print(f"toy/run.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(["", *report.table(results), ""]))
+    for what, value, goal, met in report.goals(results, preset):
+        print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")
+    print(f"\nreport and pictures: {folder / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Every setting of the toy with its default, its presets, and the command-line flags made from them.
+
+A setting belongs to the stage whose name it starts with: stage_key() names what a stage's result depends on, so that a
+stage is done again exactly when one of its own settings, its data or an earlier stage has changed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+
+
+def option(default, help):
+    """A dataclass field with a default and the text that --help shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. The defaults are the `cpu` preset's."""
+
+    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder")
+    data_dir: str = option("data", "where the data set is, or is downloaded to; for folder: the folder of class folders")
+    size: int = option(32, "height and width of the images, in pixels")
+    limit: int = option(0, "use only so many training and so many test images (0: all)")
+    seed: int = option(0, "of every random draw")
+
+    metric_steps: int = option(300, "training steps of the metric network")
+
+    features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)")
+    features_objective: str = option("classify", "what F learns: classify, denoise or both")
+    features_patch: int = option(4, "patch size of F")
+    features_width: int = option(96, "channels of F")
+    features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block")
+    features_steps: int = option(600, "training steps of F")
+
+    teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution")
+    teacher_blocks: int = option(1, "residual blocks at each resolution, down and up")
+    teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine")
+    teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
+    teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0")
+    teacher_steps: int = option(1200, "training steps of the teacher")
+    teacher_batch: int = option(128, "its batch size")
+    teacher_lr: float = option(1e-3, "its learning rate")
+    teacher_ema: float = option(0.999, "decay of its weights' moving average")
+    teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
+
+    distil_steps: int = option(1000, "ADD iterations")
+    distil_batch: int = option(64, "their batch size")
+    distil_student_lr: float = option(1e-4, "the student's learning rate")
+    distil_heads_lr: float = option(1e-3, "the discriminator heads' learning rate")
+    distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)")
+    distil_ema: float = option(0.99, "decay of the student's moving average")
+    distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student")
+    distil_lambda: float = option(2.5, "weight of the distillation loss")
+    distil_gamma: float = option(1e-5, "weight of R1")
+    distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")
+    distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss")
+    distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target")
+    distil_c_text: bool = option(True, "condition the heads on the class")
+    distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
+    distil_augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout")
+    distil_head_width: int = option(48, "channels inside a head")
+    distil_head_kernel: int = option(9, "taps of a head's circular convolution")
+    distil_c_map: int = option(32, "channels of a head's projection")
+
+    eval_images: int = option(2000, "generated images that each figure is taken from")
+    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used")
+    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and not isinstance(value, bool) and f.name.endswith(POSITIVE) and value < 1:
+                raise ValueError(f"--{flag(f.name)} {value}: must be at least 1")
+
+
+POSITIVE = ("_steps", "_batch", "_images", "_width", "_depth", "_patch", "_blocks", "_kernel", "_c_map", "size")
+
+PRESETS = {
+    "cpu": {},
+    "gpu": {},
+    "long": {},
+    "tiny": dict(
+        limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
+        teacher_steps=6, teacher_batch=16, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
+        eval_images=64, eval_guidances=(1.0, 2.0), eval_steps=(1, 4),
+    ),
+}  # fmt: skip
+
+STAGES = {  # what each stage's result depends on: fields that start with its name, and the stages before it
+    "data": ((), ("dataset", "size", "limit", "seed")),
+    "metric": (("data",), ()),
+    "features": (("data",), ()),
+    "teacher": (("data",), ()),
+    "distil": (("features", "teacher"), ()),
+    "eval": (("metric", "distil"), ()),
+}
+
+
+def stage_key(settings, stage, fingerprint):
+    """A short hash of all that a stage's result depends on; fingerprint is the data's."""
+    parents, names = STAGES[stage]
+    own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    own = {name: value for name, value in own.items() if name in names or name.split("_")[0] == stage}
+    if stage == "data":
+        own = {"fingerprint": fingerprint, "seed": settings.seed}
+    text = json.dumps([own, [stage_key(settings, parent, fingerprint) for parent in parents]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flag(name):
+    """teacher_lr → teacher-lr."""
+    return name.replace("_", "-")
+
+
+def _parser_for(annotation):
+    """Text → value of a field's type; tuples are comma-separated, booleans are true or false."""
+    if annotation is bool:
+        return lambda text: {"true": True, "false": False}[text.lower()]
+    if typing.get_origin(annotation) is tuple:
+        item = typing.get_args(annotation)[0]
+        return lambda text: tuple(item(part) for part in text.split(",") if part)
+    return annotation
+
+
+def _show(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+
+
+def add_flags(parser):
+    """One flag for each setting, without a default: what is not given comes from the preset."""
+    hints = typing.get_type_hints(Settings)
+    for f in dataclasses.fields(Settings):
+        convert = _parser_for(hints[f.name])
+
+        def parse(text, convert=convert):
+            try:
+                return convert(text)
+            except (ValueError, KeyError):
+                raise argparse.ArgumentTypeError(f"{text!r} is not valid here") from None
+
+        help = f"{f.metadata['help']} (cpu preset: {_show(f.default) if f.default != () else 'none'})"
+        parser.add_argument(f"--{flag(f.name)}", type=parse, default=argparse.SUPPRESS, metavar="X", help=help)
+
+
+def from_dict(values):
+    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown setting {', '.join(unknown)}; was this folder written by another version?")
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

@@ -1,0 +1,70 @@
+"""Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an EMA."""
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from add import Denoiser, NoiseSchedule
+from toy.data import Batches
+from toy.loop import GeneratorState, run_loop, warm_up_then_decay
+from toy.networks import UNet
+
+SCHEDULES = ("scaled_linear", "linear", "cosine")
+
+
+def make_denoiser(channels, classes, settings):
+    """An untrained class-conditional U-Net with the noise schedule of the settings. ValueError for an unknown one."""
+    if settings.teacher_schedule not in SCHEDULES:
+        raise ValueError(f"--teacher-schedule {settings.teacher_schedule}: choose one of {', '.join(SCHEDULES)}")
+    least = 2 ** len(settings.teacher_widths)
+    if settings.size % least or any(width % 8 for width in settings.teacher_widths):
+        raise ValueError(
+            f"--teacher-widths {settings.teacher_widths}: each must be a multiple of 8, and --size {settings.size} one "
+            f"of {least} with so many resolutions"
+        )
+    schedule = getattr(NoiseSchedule, settings.teacher_schedule)()
+    if settings.teacher_zero_snr:
+        schedule = schedule.zero_terminal_snr()
+    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks)
+    return Denoiser(network, schedule, settings.teacher_prediction)
+
+
+def training_target(x_0, noise, alpha, sigma, prediction):
+    """What the network should give: ε, v = α ε - σ x_0, or x_0."""
+    return {"epsilon": noise, "v": alpha * noise - sigma * x_0, "x_0": x_0}[prediction]
+
+
+def train_teacher(folder, data, settings, device, key):
+    """(Denoiser with the EMA weights, seconds)."""
+    torch.manual_seed(settings.seed + 3)
+    classes, steps = len(data.classes), settings.teacher_steps
+    denoiser = make_denoiser(data.train_images.shape[1], classes, settings).to(device)
+    network, schedule = denoiser.network, denoiser.schedule
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.teacher_ema))
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.teacher_lr, betas=(0.9, 0.99))
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
+    batches = Batches(data.train_images, data.train_labels, settings.teacher_batch, settings.seed + 3)
+    generator = torch.Generator(device).manual_seed(settings.seed + 3)
+
+    def step(i):
+        x_0, labels = (x.to(device) for x in next(batches))
+        t = torch.randint(len(schedule), (len(x_0),), device=device, generator=generator)
+        noise = torch.randn(x_0.shape, device=device, generator=generator)
+        dropped = torch.rand(len(x_0), device=device, generator=generator) < settings.teacher_label_dropout
+        output = network(schedule.diffuse(x_0, noise, t), t, labels.masked_fill(dropped, classes))
+        target = training_target(x_0, noise, *schedule.coefficients(t), denoiser.prediction)
+        loss = (output - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        lr.step()
+        ema.update_parameters(network)
+        return {"loss": loss.detach()}
+
+    parts = {
+        "network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "batches": batches,
+        "generator": GeneratorState(generator),
+    }  # fmt: skip
+    seconds = run_loop(folder, "teacher", parts, step, steps, key)
+    network.load_state_dict(ema.module.state_dict())
+    return denoiser.eval().requires_grad_(False), seconds
