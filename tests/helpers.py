@@ -17,7 +17,7 @@ def sd_schedule():
 
 
 class TinyNet(nn.Module):
-    """network(x_t, t, cond), smooth and nonlinear in all three. `calls` lists (t, was gradient on?, x_t) of each call."""
+    """network(x_t, t, cond), smooth and nonlinear in all three. `calls` lists (t, was gradient on?, x_t)."""
 
     def __init__(self, channels=3, hidden=4, seed=0):
         super().__init__()
@@ -135,7 +135,8 @@ def read_output(prediction, output, x_t, a, s):
 
 def draws(model, batch, g):
     """What one student half draws, in its order: s, ε, t, ε'."""
-    s = torch.tensor(model.student.timesteps)[torch.randint(len(model.student.timesteps), (len(batch.x_0),), generator=g)]
+    tau = torch.tensor(model.student.timesteps)
+    s = tau[torch.randint(len(tau), (len(batch.x_0),), generator=g)]
     noise = torch.randn(batch.x_0.shape, dtype=torch.float64, generator=g)
     t = torch.randint(1000, (len(batch.x_0),), generator=g)
     return s, noise, t, torch.randn(batch.x_0.shape, dtype=torch.float64, generator=g)
@@ -189,6 +190,7 @@ def naive_discriminator_loss(model, batch, s, noise):
 
 def naive_head(head, tokens, c_text=None, c_img=None):
     """One discriminator head from its weights, the local batch norm from torch's own on each group of 8."""
+
     def conv(layer, x):
         k = layer.weight.shape[-1] // 2
         return F.conv1d(F.pad(x, (k, k), mode="circular"), layer.weight, layer.bias)

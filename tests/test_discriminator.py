@@ -353,7 +353,10 @@ ERRORS = {
     "c_text missing": (lambda: make_head()(randn(8, 7, 6), None, randn(8, IMAGE)), ["c_text", "None", "(8, 4)"]),
     "c_img missing": (lambda: make_head()(randn(8, 7, 6), randn(8, TEXT)), ["c_img", "None", "(8, 5)"]),
     "c_text of other width": (lambda: make_head("text")(randn(8, 7, 6), randn(8, 3)), ["c_text", "(8, 3)", "(8, 4)"]),
-    "c_img of one sample": (lambda: make_head("image")(randn(8, 7, 6), None, randn(1, 5)), ["c_img", "(1, 5)", "(8, 5)"]),
+    "c_img of one sample": (
+        lambda: make_head("image")(randn(8, 7, 6), None, randn(1, IMAGE)),
+        ["c_img", "(1, 5)", "(8, 5)"],
+    ),
     "too few maps": (lambda: DiscriminatorHeads([6, 6])([torch.zeros(8, 7, 6)]), ["tokens", "1 map", "2 heads"]),
     "augment": (
         lambda: Discriminator(TinyFeatures(), DiscriminatorHeads([4, 6]), ["color", "flip"]),

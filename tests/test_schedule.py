@@ -216,7 +216,8 @@ def test_encoder_and_decoder_stay_out_of_the_module_tree():
 def test_ddim_against_the_formula(prediction):
     """x_{t'} = α_t' x̂_0 + σ_t' ε̂: the same ε̂, no fresh noise; x̂_0 of the last step comes out."""
     schedule, network = sd_schedule(), TinyNet().double()
-    x, cond, path = images(), conditions(), [torch.tensor(p) for p in ([998, 600, 77, 5], [499, 300, 38, 2], [0, 0, 0, 0])]
+    x, cond = images(), conditions()
+    path = [torch.tensor(p) for p in ([998, 600, 77, 5], [499, 300, 38, 2], [0, 0, 0, 0])]
     a, s = (lambda t: schedule.alpha[t].view(-1, 1, 1, 1)), (lambda t: schedule.sigma[t].view(-1, 1, 1, 1))
     x_t = x
     for t, following in zip(path, path[1:] + [None], strict=True):
@@ -280,6 +281,11 @@ def test_trailing_timesteps(steps, expected):
     assert student().inference_timesteps(steps) == expected
 
 
+def test_trailing_timesteps_spread_over_all_that_were_trained():
+    """Of eight, three: 0, 8/3 and 16/3 places below the last, rounded down."""
+    assert student(tuple(range(100, 900, 100))).inference_timesteps(3) == (800, 600, 300)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_sampling_diffuses_each_estimate_with_fresh_noise(steps):
     """k steps ask the student k times; every state is seen; x_s = α x̂ + σ fresh; the last x̂ is decoded, once."""
@@ -330,9 +336,9 @@ def image(*shape):
 ERRORS = {  # what is done wrong → what the message must say: the argument, the value, what is allowed
     "alphas_cumprod of two axes": (lambda: NoiseSchedule(torch.ones(3, 2)), ["alphas_cumprod", "(3, 2)", "(T,)"]),
     "alphas_cumprod of one entry": (lambda: NoiseSchedule(torch.ones(1)), ["alphas_cumprod", "(1,)", "T > 1"]),
-    "rising": (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), ["alphas_cumprod", "fall", "[0, 1]"]),
-    "above 1": (lambda: NoiseSchedule(torch.tensor([1.5, 0.6])), ["alphas_cumprod", "fall", "[0, 1]"]),
-    "below 0": (lambda: NoiseSchedule(torch.tensor([0.5, -0.1])), ["alphas_cumprod", "fall", "[0, 1]"]),
+    "rising": (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), ["alphas_cumprod", "fall", "[0, 1)"]),
+    "above 1": (lambda: NoiseSchedule(torch.tensor([1.5, 0.6])), ["alphas_cumprod", "fall", "[0, 1)"]),
+    "below 0": (lambda: NoiseSchedule(torch.tensor([0.5, -0.1])), ["alphas_cumprod", "fall", "[0, 1)"]),
     "float t": (lambda: sd_schedule().coefficients(torch.tensor([1.0])), ["t ", "float32", "integers"]),
     "t of two axes": (lambda: sd_schedule().coefficients(torch.ones(2, 1).long()), ["t ", "(2, 1)", "(B,)"]),
     "t too large": (lambda: sd_schedule().coefficients(torch.tensor([5, 1000])), ["t=5…1000", "0…999"]),
@@ -391,3 +397,10 @@ def test_zero_terminal_snr_is_open_to_v_and_x_0(prediction):
     x_0, eps = Denoiser(lambda x, t, c: output, schedule, prediction)(x_t, torch.full((4,), 999), None)
     torch.testing.assert_close(x_0, -output if prediction == "v" else output)
     torch.testing.assert_close(eps, x_t)
+
+
+@pytest.mark.parametrize("timesteps", [(), (499, 999), (999, 999)])
+def test_sampling_timesteps_must_fall(timesteps):
+    network = Student(Denoiser(lambda x, t, cond: x, NoiseSchedule.cosine(), "x_0"))
+    with pytest.raises(ValueError, match=r"timesteps=\(.*must fall strictly"):
+        network.sample(torch.zeros(1, 1, 2, 2), None, timesteps=timesteps)

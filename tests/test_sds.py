@@ -2,11 +2,11 @@
 
 **Claim.** With c(t) = α_t w(t) / (2 σ_t) the distillation loss
 
-    L(θ) = c(t) ‖x̂_θ - sg(x̂_ψ)‖²,      x̂_ψ = the teacher's x̂_0 of  x_t = α_t x̂_θ + σ_t ε',                        (Eq. 4)
+    L(θ) = c(t) ‖x̂_θ - sg(x̂_ψ)‖²,      x̂_ψ = the teacher's x̂_0 of  x_t = α_t x̂_θ + σ_t ε',               (Eq. 4)
 
 has as its gradient the one that DreamFusion *defines* as score distillation sampling (SDS),
 
-    ∇_θ SDS = w(t) (ε̂_ψ(x_t; t) - ε')ᵀ ∂x̂_θ/∂θ,                                                                       (SDS)
+    ∇_θ SDS = w(t) (ε̂_ψ(x_t; t) - ε')ᵀ ∂x̂_θ/∂θ,                                                             (SDS)
 
 whatever the teacher predicts (ε, v or x_0) and whatever its guidance.
 
@@ -19,18 +19,18 @@ whatever the teacher predicts (ε, v or x_0) and whatever its guidance.
   3. Subtract: x_t drops out, and                                          x̂_θ - x̂_ψ = (σ_t / α_t) (ε̂_ψ - ε').
   4. Differentiate Eq. 4. Through sg nothing comes, so   ∇_θ L = 2 c(t) (x̂_θ - x̂_ψ)ᵀ ∂x̂_θ/∂θ.
   5. Insert 3 in 4:                                      ∇_θ L = 2 c(t) (σ_t / α_t) (ε̂_ψ - ε')ᵀ ∂x̂_θ/∂θ.
-  6. With c(t) = α_t w(t) / (2 σ_t) the factors cancel to w(t):  ∇_θ L = ∇_θ SDS.                                       ∎
+  6. With c(t) = α_t w(t) / (2 σ_t) the factors cancel to w(t):  ∇_θ L = ∇_θ SDS.                              ∎
 
 With another weight step 5 still holds. The exponential c(t) = α_t leaves 2 σ_t, where SDS has w(t): the gradients
 differ by the factor 2 σ_t / w(t), one number for each timestep. That is the negative control.
 
-Step 4 takes d in the space that was diffused. In pixels a latent model's decoder adds its Jacobian, at both ends, and the
-gradient is no longer SDS: also tested. Noise-free score distillation (NFSD) puts another residual, δ_D + g δ_C, in the
-place of ε̂_ψ - ε'; solving 3 for x̂_ψ gives the target x̂_θ - (σ_t / α_t)(δ_D + g δ_C), and 4 to 6 go through unchanged.
+Step 4 takes d in the space that was diffused. In pixels a latent model's decoder adds its Jacobian, at both ends, and
+the gradient is no longer SDS: also tested. Noise-free score distillation (NFSD) puts another residual, δ_D + g δ_C,
+in the place of ε̂_ψ - ε'; solving 3 for x̂_ψ gives the target x̂_θ - (σ_t / α_t)(δ_D + g δ_C), and 4 to 6 hold as before.
 
 **How it is tested.** All in float64, with the parameters' gradients, at t = 1 … 998 at once: 998 students side by side,
 one for each timestep, so that a single backward pass gives 998 gradients, each its own. "Equal" is ‖difference‖ / ‖SDS‖
-below 1e-10 at every t; rounding (1e-16, times at most σ/α = 14 from steps 1 and 2, or 1/σ = 30) stays below 1e-13.
+below 1e-10 at every t; rounding (1e-16, times at most σ/α = 14 in steps 1 and 2, or 1/σ = 30) measures 1e-14.
 """
 
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def a_third_w(monkeypatch):
 
 
 class StudentsSideBySide(nn.Module):
-    """x̂_θ for each of 998 samples from parameters of its own: W_2 tanh(W_1 x + b_1) + b_2, over the flattened image."""
+    """x̂_θ for each of 998 samples from parameters of its own: W_2 tanh(W_1 x + b_1) + b_2, the image flattened."""
 
     def __init__(self):
         super().__init__()
@@ -275,7 +275,8 @@ def test_nfsds_threshold_is_a_fifth_of_the_schedule():
     schedule = NoiseSchedule(torch.linspace(0.9, 0.1, 10, dtype=torch.float64))
     teacher = Denoiser(lambda x, t, c: c.view(-1, 1, 1, 1).expand_as(x), schedule)
     cond, null, negative = (torch.full((3,), c, dtype=torch.float64) for c in (5.0, 2.0, 0.5))
-    residual = add.nfsd_residual(teacher, randn(3, 1, 2, 2, seed=0), torch.tensor([1, 2, 9]), cond, null, negative, 10.0)
+    x_t, t = randn(3, 1, 2, 2, seed=0), torch.tensor([1, 2, 9])
+    residual = add.nfsd_residual(teacher, x_t, t, cond, null, negative, 10.0)
     assert residual[:, 0, 0, 0].tolist() == [2 + 10 * 3.0, 1.5 + 10 * 3.0, 1.5 + 10 * 3.0]
 
 
@@ -289,6 +290,7 @@ def test_weights_by_hand():
     for name in ("sds", "nfsd"):
         assert weight(name, alpha, sigma, "one").item() == pytest.approx(0.375)
         assert weight(name, alpha, sigma, "sigma_squared").item() == pytest.approx(0.24)
+        assert weight(name, alpha, sigma).item() == pytest.approx(0.24)
 
 
 def test_exponential_weight_falls_with_t_down_to_alpha_T():
@@ -309,7 +311,8 @@ def test_distance_by_hand():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradcheck_of_the_loss(prediction, name, reduction):
     """Central differences of Eq. 4 in the student's parameters, the target held where it is: sg, read literally."""
-    teacher, student, t = make_teacher(prediction), TinyNet(channels=1, hidden=2, seed=7).double(), torch.tensor([1, 500, 998])
+    teacher, student = make_teacher(prediction), TinyNet(channels=1, hidden=2, seed=7).double()
+    t = torch.tensor([1, 500, 998])
     names, parameters = zip(*student.named_parameters(), strict=True)
     x_s, noise, cond, null = (randn(3, *s, seed=i) for i, s in enumerate(((1, 2, 2), (1, 2, 2), (3,), (3,))))
 

@@ -29,12 +29,10 @@ def ddim_timesteps(T, steps):
 @torch.no_grad()
 def sample_teacher(teacher, noise, labels, steps, guidance=1.0):
     """Images (B, C, H, W) in [-1, 1] by DDIM from unit noise; labels (B,)."""
-    timesteps = [torch.full_like(labels, t) for t in ddim_timesteps(len(teacher.schedule), steps)]
-    null = torch.full_like(labels, teacher.network.classes)
-    images = [
-        ddim(teacher, z, [t[: len(z)] for t in timesteps], y, guidance, null)
-        for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True)
-    ]
+    images = []
+    for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True):
+        timesteps = [torch.full_like(y, t) for t in ddim_timesteps(len(teacher.schedule), steps)]
+        images.append(ddim(teacher, z, timesteps, y, guidance, torch.full_like(y, teacher.network.classes)))
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -89,7 +87,7 @@ def evaluate(data, settings, metric_net, teacher, student, device):
 
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
     student_rows = [
-        row("student", k, 1.0, lambda k=k: sample_student(student, noise, labels, k, settings.seed + 6), k)
+        row("ADD student", k, 1.0, lambda k=k: sample_student(student, noise, labels, k, settings.seed + 6), k)
         for k in counts
     ]
     train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]

@@ -1,0 +1,261 @@
+"""The toy's parts against known values: metrics, the training loop, the settings, the samplers."""
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from add import Denoiser, NoiseSchedule, Student
+from toy import features as toy_features
+from toy.data import Batches
+from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
+from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
+from toy.metrics import coverage_of, frechet_distance, within_class_variance
+from toy.networks import MetricNet, UNet, ViT
+from toy.settings import PRESETS, STAGES, Settings, from_dict, stage_key
+from toy.teacher import training_target
+
+# Metrics -------------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_two_gaussians_by_hand():
+    """μ apart by (3, 4): 25. Deviations 1 and 2 on one axis: (2 - 1)² = 1."""
+    x = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly white
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(25)
+    assert frechet_distance(x, x * torch.tensor([1.0, 2.0])) == pytest.approx(1)
+
+
+def test_frechet_distance_is_symmetric_for_covariances_that_do_not_commute():
+    g = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(500, 4, generator=g) @ torch.randn(4, 4, generator=g) for _ in range(2))
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9) and frechet_distance(x, y) > 0.1
+
+
+def test_coverage_is_the_share_inside_the_nearest_neighbour_balls():
+    manifold = torch.arange(10.0)[:, None]  # with k = 5 the ball of 0 reaches 5, that of 5 reaches 3
+    assert coverage_of(torch.tensor([[-4.0], [-6.0], [4.5], [14.5]]), manifold, k=5) == 0.5
+    collapsed = torch.zeros(10, 1)
+    assert coverage_of(manifold, collapsed, k=5) == pytest.approx(0.1)  # recall of a collapsed sampler
+    assert coverage_of(collapsed, manifold, k=5) == 1  # while its precision is perfect
+
+
+def test_within_class_variance_does_not_see_what_is_between_classes():
+    x = torch.tensor([[0.0, 0], [2, 0], [100, 7], [100, 11]])
+    assert within_class_variance(x, torch.tensor([0, 0, 1, 1])) == pytest.approx((2 + 8) / 2)
+    assert within_class_variance(x[:2].repeat(2, 1) * 0, torch.tensor([0, 0, 1, 1])) == 0
+
+
+def test_the_metric_network_is_another_architecture_than_f():
+    kinds = lambda network: {type(m) for m in network.modules() if not list(m.children())}  # noqa: E731
+    assert nn.LayerNorm in kinds(ViT()) and nn.LayerNorm not in kinds(MetricNet())
+    assert nn.BatchNorm2d in kinds(MetricNet()) and nn.BatchNorm2d not in kinds(ViT())
+
+
+# Loop ----------------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A stage in miniature: a random walk whose position, generator and data order the checkpoint must carry."""
+
+    def __init__(self, stop_at=None):
+        self.generator = torch.Generator().manual_seed(0)
+        self.network = nn.Linear(1, 1)
+        nn.init.zeros_(self.network.weight)
+        self.batches = Batches(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1), torch.arange(10), 3, seed=0)
+        self.stop_at = stop_at
+
+    def step(self, i):
+        if i == self.stop_at:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step: the step is still completed
+        _, labels = next(self.batches)
+        with torch.no_grad():
+            self.network.weight += torch.rand(1, generator=self.generator) * labels.sum()
+        return {"w": self.network.weight.detach().clone().squeeze()}
+
+    def run(self, folder, steps=25, key="k"):
+        parts = {"n": self.network, "g": GeneratorState(self.generator), "b": self.batches}
+        run_loop(folder, "test", parts, self.step, steps, key, log_every=4)
+        return self.network.weight.item(), (folder / "log.csv").read_text()
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 10, 24])
+def test_a_loop_interrupted_at_any_step_ends_as_if_never_interrupted(tmp_path, stop_at):
+    whole = Counter().run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        Counter(stop_at).run(tmp_path / "cut")
+    assert load(tmp_path / "cut" / "checkpoint.pt")["step"] == stop_at + 1
+    assert Counter().run(tmp_path / "cut") == whole
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
+    first = Counter().run(tmp_path, key="a")
+    assert Counter().run(tmp_path, key="b") == first  # begun anew, not gone on from
+    assert load(tmp_path / "checkpoint.pt")["key"] == "b"
+
+
+def test_the_log_averages_over_its_window(tmp_path):
+    values = iter([1.0, 3.0, 5.0])
+    run_loop(tmp_path, "test", {}, lambda i: {"x": torch.tensor(next(values))}, 3, "k", log_every=2)
+    assert (tmp_path / "log.csv").read_text().split() == ["step,x", "2,2.0", "3,5.0"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(tmp_path):
+    with pytest.raises(TrainingError, match=r"test: loss is not finite near step 2"):
+        run_loop(tmp_path, "test", {}, lambda i: {"loss": torch.tensor(float("nan"))}, 9, "k", log_every=2)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_save_leaves_the_old_file_whole_when_writing_fails(tmp_path):
+    path = tmp_path / "x.pt"
+    save(path, {"a": torch.ones(1)})
+    with pytest.raises(Exception, match="pickle"):
+        save(path, {"a": lambda: None})
+    assert load(path)["a"].item() == 1
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"nonsense")
+    with pytest.raises(TrainingError, match="x.pt is not a readable checkpoint"):
+        load(tmp_path / "x.pt")
+
+
+def test_learning_rate_rises_stays_and_falls():
+    factors = [warm_up_then_decay(i, 1000) for i in (0, 24, 49, 500, 750, 999)]
+    assert factors == pytest.approx([0.02, 0.5, 1, 1, 0.5, 0.02])
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def key(stage, **changes):
+    return stage_key(Settings(**changes), stage, "data")
+
+
+@pytest.mark.parametrize(
+    "change, stages_done_again",
+    [
+        (dict(teacher_lr=1.0), {"teacher", "distil", "eval"}),
+        (dict(features_depth=2), {"features", "distil", "eval"}),
+        (dict(metric_steps=2), {"metric", "eval"}),
+        (dict(distil_gamma=1.0), {"distil", "eval"}),
+        (dict(eval_images=9), {"eval"}),
+        (dict(seed=9), {"data", "metric", "features", "teacher", "distil", "eval"}),
+        (dict(data_dir="elsewhere"), set()),
+    ],
+)
+def test_a_changed_setting_does_its_stage_and_the_later_ones_again(change, stages_done_again):
+    assert {stage for stage in STAGES if key(stage) != key(stage, **change)} == stages_done_again
+
+
+def test_other_data_does_everything_again():
+    assert all(stage_key(Settings(), stage, "a") != stage_key(Settings(), stage, "b") for stage in STAGES)
+
+
+def test_settings_survive_json_and_unknown_ones_are_refused():
+    settings = Settings(**PRESETS["tiny"])
+    as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    assert from_dict(as_json) == settings
+    with pytest.raises(ValueError, match="unknown setting teacher_stepz"):
+        from_dict({"teacher_stepz": 1})
+
+
+# Networks and samplers -----------------------------------------------------------------------------------------------
+
+
+def test_training_targets_are_what_the_denoiser_reads_back():
+    schedule, x_0, noise = NoiseSchedule.cosine(), torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    t = torch.tensor([1, 200, 500, 900])
+    for prediction in ("epsilon", "v", "x_0"):
+        target = training_target(x_0, noise, *schedule.coefficients(t), prediction)
+        x_hat, eps_hat = Denoiser(lambda *_, target=target: target, schedule, prediction)(
+            schedule.diffuse(x_0, noise, t), t, None
+        )
+        torch.testing.assert_close(x_hat, x_0, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(eps_hat, noise, atol=1e-4, rtol=1e-4)
+
+
+def test_unet_depends_on_time_and_label_once_trained_and_starts_at_zero():
+    torch.manual_seed(0)
+    network = UNet(3, classes=4, widths=(8, 16, 16), blocks=2)
+    x, t, label = torch.randn(2, 3, 16, 16), torch.tensor([5, 500]), torch.tensor([0, 4])
+    assert network(x, t, label).abs().max() == 0  # zero-initialised output
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.2)
+    out = network(x, t, label)
+    assert out.shape == x.shape
+    assert (network(x, t.flip(0), label) - out).abs().max() > 1e-3
+    assert (network(x, t, label.flip(0)) - out).abs().max() > 1e-3
+
+
+def test_vit_gives_a_map_for_the_embedding_and_each_block_with_the_class_token_read_out():
+    torch.manual_seed(0)
+    vit, images = ViT(1, 8, patch=4, width=16, depth=2, heads=2), torch.randn(3, 1, 8, 8)
+    maps, states = vit(images), vit.states(images)
+    assert [m.shape for m in maps] == [(3, 4, 16)] * 3 == [(3, 4, 16)] * vit.levels
+    torch.testing.assert_close(maps[-1], states[-1][:, 1:] + states[-1][:, :1])
+    torch.testing.assert_close(vit.summary(images), states[-1][:, 0])
+
+
+def test_teacher_timesteps_trail():
+    assert ddim_timesteps(1000, 4) == [999, 749, 499, 249] and ddim_timesteps(1000, 50)[-1] == 19
+
+
+def test_samplers_ask_for_each_class_and_repeat_under_a_seed():
+    """An x_0-network that paints its label: the samplers must hand every image its own, in order."""
+
+    class Painter(nn.Module):
+        classes = 9
+
+        def forward(self, x, t, label):
+            return (label.float() / 10)[:, None, None, None].expand_as(x)
+
+    denoiser = Denoiser(Painter(), NoiseSchedule.scaled_linear(), "x_0")
+    labels, noise = torch.arange(600) % 9, torch.randn(600, 1, 2, 2)
+    expected = (labels / 10)[:, None, None, None].expand_as(noise)
+    torch.testing.assert_close(sample_teacher(denoiser, noise, labels, 3), expected)
+    torch.testing.assert_close(sample_teacher(denoiser, noise, labels, 1, 2.0), (2 * expected - 0.9).clamp(-1, 1))
+    torch.testing.assert_close(sample_student(Student(denoiser), noise, labels, 4, seed=0), expected)
+
+
+# DINOv2 through torch.hub --------------------------------------------------------------------------------------------
+
+
+class HubModel(nn.Module):
+    """What torch.hub's dinov2_vits14 offers, with blocks that add 1, on 112 x 112 images normalised to mean 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.norm, self.seen = nn.ModuleList(nn.Identity() for _ in range(12)), nn.Identity(), None
+        for block in self.blocks:
+            block.forward = lambda x: x + 1
+
+    def prepare_tokens_with_masks(self, x):
+        self.seen = x
+        return x.mean((1, 2, 3))[:, None, None] + torch.zeros(len(x), 65, 384)
+
+
+def test_dinov2_reads_the_embedding_and_blocks_2_5_8_11(monkeypatch):
+    monkeypatch.setattr(torch.hub, "load", lambda *_, **__: HubModel())
+    network = toy_features.DinoV2()
+    images = torch.zeros(2, 1, 32, 32)
+    maps = network(images)
+    assert network.network.seen.shape == (2, 3, 112, 112)
+    torch.testing.assert_close(network.network.seen[0, :, 0, 0], torch.tensor([0.0655, 0.1964, 0.4178]), atol=1e-3, rtol=0)
+    assert [m.shape for m in maps] == [(2, 64, 384)] * 5 and len(maps) == network.levels
+    steps = [(m - maps[0]).mean().item() for m in maps]  # the class token is added: each block counts twice
+    assert steps == pytest.approx([0, 6, 12, 18, 24])
+    assert network.summary(images).shape == (2, 384)
+
+
+def test_dinov2_without_a_network_says_what_to_do(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host\nmore")
+
+    monkeypatch.setattr(torch.hub, "load", fail)
+    with pytest.raises(ValueError, match=r"--features dinov2.*no route to host.*--features trained") as error:
+        toy_features.DinoV2()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,183 @@
+"""toy/run.py and toy/sample.py from outside, as a user starts them: a whole tiny run, an interrupted one, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from toy import run, sample
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cpu", "--threads", "1"]
+STAGES = ("metric", "features", "teacher", "distil")
+
+
+def start(script, *arguments):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "toy" / script, *map(str, arguments)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def call(script, *arguments):
+    """(exit code, stdout, stderr)."""
+    process = start(script, *arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def weights(folder):
+    return torch.load(folder / "distil" / "student.pt", weights_only=True)["network"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run that was never interrupted: (folder, stdout)."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    code, out, err = call("run.py", *TINY, "--out", folder)
+    assert code == 0, err
+    return folder, out
+
+
+def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
+    folder, out = finished
+    assert out.splitlines()[0].startswith("data: glyphs (built in) · preset: tiny · device: 1 CPU threads")
+    report = (folder / "report.md").read_text()
+    for name in ("comparison", "refinement", "targets", "cost", "curves"):
+        assert (folder / f"{name}.png").stat().st_size > 3000
+        assert f"({name}.png)" in report
+    for stage in STAGES:
+        assert (folder / stage / "checkpoint.pt").exists()
+        assert (folder / stage / "log.csv").read_text().count("\n") >= 2
+    assert "| **ADD student** | 1 | 1 | 1 |" in report and "| **ADD student** | 4 | 1 | 4 |" in report
+    assert "not FID" in report and "glyphs (built in)" in report
+
+
+def test_the_teacher_is_scored_at_the_guidance_that_suits_it_best(finished):
+    results = json.loads((finished[0] / "results.json").read_text())["results"]
+    best = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 4}
+    assert set(best) == {1.0, 2.0} and results["best_guidance"] == min(best, key=best.get)
+    assert [row["evaluations"] for row in results["student"]] == [1, 2, 4]
+    assert {row["evaluations"] for row in results["teacher"] if row["guidance"] == 2.0} <= {2, 8}
+
+
+def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+    code, out, err = call("run.py", *TINY, "--out", folder)
+    assert code == 0 and "evaluation" not in out.splitlines()
+    assert before == {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+    code, out, err = call("run.py", *TINY, "--out", folder, "--distil-lambda", "1.0")
+    assert code == 0 and "evaluation" in out.splitlines(), err
+    after = {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == ["distil"]
+
+
+@pytest.mark.parametrize("stage, steps", [("teacher", "--teacher-steps"), ("distil", "--distil-steps")])
+def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stage, steps):
+    """Ctrl-C in the midst of a stage, then --resume: the student's weights agree to the bit."""
+    flags = [*TINY, steps, "60"]
+    code, _, err = call("run.py", *flags, "--out", tmp_path / "whole")
+    assert code == 0, err
+
+    process = start("run.py", *flags, "--out", tmp_path / "cut")
+    label, text = {"teacher": "teacher:", "distil": "ADD:"}[stage], ""
+    while not (label in text and text.rsplit(label, 1)[1].count("loss=")):  # some steps of the stage are done
+        text += process.stderr.read(1)
+        assert process.poll() is None, text
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in err
+    state = torch.load(tmp_path / "cut" / stage / "checkpoint.pt", weights_only=True)
+    assert 0 < state["step"] < 60 and not state["finished"]
+
+    code, _, err = call("run.py", "--resume", "--out", tmp_path / "cut", "--device", "cpu", "--threads", "1")
+    assert code == 0, err
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    logs = [(tmp_path / run / stage / "log.csv").read_text() for run in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_sample_draws_the_same_grid_under_the_same_seed(finished, tmp_path):
+    def grid(name, *arguments):
+        path = tmp_path / name
+        code, out, err = call("sample.py", "--run", finished[0], "--n", 9, "--out", path, *arguments)
+        assert code == 0 and str(path) in out, err
+        return path.read_bytes()
+
+    one = grid("a.png", "--steps", 1, "--class", 7, "--seed", 0)
+    assert one.startswith(b"\x89PNG") and one == grid("b.png", "--steps", 1, "--class", 7, "--seed", 0)
+    assert one != grid("c.png", "--steps", 1, "--class", 7, "--seed", 1)
+    assert one != grid("d.png", "--steps", 4, "--class", 7, "--seed", 0)
+
+
+MISTAKES = {
+    "unknown flag": (["--teacher-stepz", "3"], "--teacher-stepz"),
+    "wrong type": (["--teacher-steps", "many"], "--teacher-steps"),
+    "zero steps": ([*TINY, "--teacher-steps", "0"], "--teacher-steps 0"),
+    "unknown preset": (["--preset", "huge"], "--preset"),
+    "unknown data set": ([*TINY, "--dataset", "imagenet"], "imagenet"),
+    "no such folder": ([*TINY, "--dataset", "folder", "--data-dir", "/nowhere"], "--data-dir"),
+    "no such device": ([*TINY, "--device", "tpu"], "--device tpu"),
+    "resume without a run": (["--resume", "--out", "/nowhere/run"], "--resume"),
+    "unknown weight": ([*TINY, "--distil-weight", "sdss"], "sdss"),
+    "unknown prediction": ([*TINY, "--teacher-prediction", "eps"], "eps"),
+    "epsilon at zero SNR": ([*TINY, "--teacher-prediction", "epsilon", "--teacher-zero-snr", "true"], "zero terminal SNR"),
+    "unknown features": ([*TINY, "--features", "vgg"], "--features vgg"),
+    "odd width": ([*TINY, "--teacher-widths", "12,16"], "--teacher-widths"),
+    "student timesteps": ([*TINY, "--distil-timesteps", "999,499"], "timesteps"),
+}
+
+
+def main_in_process(module, arguments, capsys):
+    """(exit code, stderr) of a main() called here: starting a process costs seconds, and these never get to train."""
+    try:
+        code = module.main([*map(str, arguments)])
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, named", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gives_one_line_that_names_it(arguments, named, tmp_path, capsys, finished):
+    if "--out" not in arguments:
+        shutil.copytree(finished[0], tmp_path / "run")  # with finished stages, so that late mistakes are soon reached
+        arguments = [*arguments, "--out", tmp_path / "run"]
+    code, err = main_in_process(run, arguments, capsys)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and named in last and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [(["--class", "x"], "--class x"), (["--class", "10"], "--class 10"), (["--steps", "5"], "steps=5"), (["--n", "0"], "--n 0")],
+)
+def test_sample_mistakes(finished, arguments, named, tmp_path, capsys):
+    code, err = main_in_process(sample, ["--run", finished[0], "--out", tmp_path / "x.png", *arguments], capsys)
+    assert code == 2 and named in err and err.count("\n") == 1
+
+
+def test_sample_without_a_run(tmp_path, capsys):
+    code, err = main_in_process(sample, ["--run", tmp_path], capsys)
+    assert code == 2 and f"--run {tmp_path}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [(run, ("--resume", "--distil-lambda", "--teacher-widths")), (sample, ("--run", "--steps", "--class"))],
+)
+def test_help_is_complete(module, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and all(flag in out for flag in flags)
