@@ -193,19 +193,26 @@ def ddim(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
 
 
 class Student(nn.Module):
-    """The denoiser that is trained, with T_student = {τ_1 < … < τ_n}: pure noise at τ_n, diffused images below."""
+    """The denoiser that is trained, with T_student = {τ_1 < … < τ_n}: pure noise at τ_n, diffused images below.
 
-    def __init__(self, denoiser, timesteps=(249, 499, 749, 999)):
+    terminal_share is the probability of s = τ_n, the rest being shared evenly; None means uniform, as in the paper.
+    """
+
+    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None):
         super().__init__()
         T = len(denoiser.schedule)
         if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"timesteps={tuple(timesteps)} must rise strictly within 0…{T - 1}")
+        if terminal_share is not None and not 0 < terminal_share <= 1:
+            raise ValueError(f"terminal_share={terminal_share} must be within (0, 1], or None for uniform")
         self.denoiser, self.timesteps = denoiser, tuple(timesteps)
+        n, p = len(timesteps), terminal_share
+        self.probabilities = [1 / n] * n if p is None or n == 1 else [(1 - p) / (n - 1)] * (n - 1) + [p]
 
     def draw_timesteps(self, n, device=None, generator=None):
-        """(n,) timesteps s, uniform over T_student."""
-        tau = torch.tensor(self.timesteps, device=device)
-        return tau[torch.randint(len(tau), (n,), device=device, generator=generator)]
+        """(n,) timesteps s from T_student."""
+        drawn = torch.multinomial(torch.tensor(self.probabilities, device=device), n, True, generator=generator)
+        return torch.tensor(self.timesteps, device=device)[drawn]
 
     def is_terminal(self, s):
         """(B,) booleans: s = τ_n, where the input holds nothing of x_0."""

@@ -15,7 +15,7 @@ from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_u
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT
 from toy.settings import PRESETS, STAGES, Settings, from_dict, stage_key
-from toy.teacher import training_target
+from toy.teacher import Standardize, training_target
 
 # Metrics -------------------------------------------------------------------------------------------------------------
 
@@ -123,6 +123,12 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load(tmp_path / "x.pt")
 
 
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
+    run_loop(tmp_path, "test", {"n": nn.Linear(1, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k")
+    with pytest.raises(TrainingError, match="checkpoint.pt does not fit.*remove"):
+        run_loop(tmp_path, "test", {"n": nn.Linear(2, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k")
+
+
 def test_learning_rate_rises_stays_and_falls():
     factors = [warm_up_then_decay(i, 1000) for i in (0, 24, 49, 500, 750, 999)]
     assert factors == pytest.approx([0.02, 0.5, 1, 1, 0.5, 0.02])
@@ -198,6 +204,14 @@ def test_vit_gives_a_map_for_the_embedding_and_each_block_with_the_class_token_r
     assert [m.shape for m in maps] == [(3, 4, 16)] * 3 == [(3, 4, 16)] * vit.levels
     torch.testing.assert_close(maps[-1], states[-1][:, 1:] + states[-1][:, :1])
     torch.testing.assert_close(vit.summary(images), states[-1][:, 0])
+
+
+def test_standardize_gives_mean_0_and_deviation_1_and_inverts():
+    images = torch.randn(50, 1, 4, 4) * 0.3 - 0.8
+    standardize = Standardize.of(images)
+    z = standardize(images)
+    assert z.mean().item() == pytest.approx(0, abs=1e-5) and z.std().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(standardize.inverse(z), images)
 
 
 def test_teacher_timesteps_trail():

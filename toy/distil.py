@@ -11,12 +11,14 @@ from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Studen
 from toy import settings as toy_settings
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
-from toy.teacher import make_denoiser
+from toy.teacher import Standardize, make_denoiser
 
 
 def build_add(teacher, features, classes, settings, device):
     """add.ADD with a student that starts as a copy of the teacher, and fresh heads on every level of F."""
-    student = Student(copy.deepcopy(teacher), settings.distil_timesteps).requires_grad_(True)
+    student = Student(
+        copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share
+    ).requires_grad_(True)
     heads = DiscriminatorHeads(
         [features.width] * features.levels,
         text_dim=classes if settings.distil_c_text else 0,
@@ -83,6 +85,7 @@ def distil(folder, data, settings, teacher, features, device, key):
     save(folder / "student.pt", {
         "settings": dataclasses.asdict(settings), "classes": list(data.classes),
         "shape": list(data.train_images.shape[1:]), "network": network.state_dict(),
+        "mean": teacher.encode.mean, "std": teacher.encode.std,
     })  # fmt: skip
     return add.student.eval().requires_grad_(False), seconds
 
@@ -94,6 +97,6 @@ def load_student(folder):
         raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
     state = load(path)
     settings, classes = toy_settings.from_dict(state["settings"]), tuple(state["classes"])
-    denoiser = make_denoiser(state["shape"][0], len(classes), settings)
+    denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
     denoiser.network.load_state_dict(state["network"])
     return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

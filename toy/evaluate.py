@@ -32,7 +32,8 @@ def sample_teacher(teacher, noise, labels, steps, guidance=1.0):
     images = []
     for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True):
         timesteps = [torch.full_like(y, t) for t in ddim_timesteps(len(teacher.schedule), steps)]
-        images.append(ddim(teacher, z, timesteps, y, guidance, torch.full_like(y, teacher.network.classes)))
+        x_0 = ddim(teacher, z, timesteps, y, guidance, torch.full_like(y, teacher.network.classes))
+        images.append(teacher.decode(x_0))
     return torch.cat(images).clamp(-1, 1)
 
 

@@ -2,15 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from add import readout
 from toy.data import Batches
-from toy.loop import GeneratorState, run_loop
+from toy.loop import run_loop
 from toy.networks import ViT
 
-OBJECTIVES = ("classify", "denoise", "both")
+OBJECTIVES = ("classify", "summarize", "none")
 
 
 def make_features(folder, data, settings, device, key):
@@ -28,42 +27,35 @@ def make_features(folder, data, settings, device, key):
 
 
 def train_vit(folder, data, settings, device, key):
-    """(ViT, seconds), trained to name the class, to rebuild the clean patches of a noisy image, or both."""
+    """(ViT, seconds). Its class token learns to name the class ("classify"), or to hold the whole image, from which a
+    small decoder rebuilds it, and the class besides ("summarize"); or it stays as it was initialised ("none")."""
     torch.manual_seed(settings.seed + 2)
     channels, size = data.train_images.shape[1], data.train_images.shape[-1]
     vit = ViT(channels, size, settings.features_patch, settings.features_width, settings.features_depth)
     classify = nn.Linear(vit.width, len(data.classes))
-    rebuild = nn.Linear(vit.width, channels * vit.patch**2)
+    rebuild = nn.Sequential(nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, channels * size**2))
     networks = nn.ModuleList([vit, classify, rebuild]).to(device)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=settings.features_steps)
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
-    generator = torch.Generator(device).manual_seed(settings.seed + 2)
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        noisy = images
-        if settings.features_objective != "classify":
-            level = torch.rand(len(images), 1, 1, 1, device=device, generator=generator)
-            noisy = images + level * torch.randn(images.shape, device=device, generator=generator)
-        tokens = vit.states(noisy)[-1]
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=vit.patch, q=vit.patch)
-        log = {
-            "class": F.cross_entropy(classify(tokens[:, 0]), labels),
-            "rebuild": F.mse_loss(rebuild(tokens[:, 1:]), patches),
-        }
-        weights = {"classify": (1, 0), "denoise": (0, 1), "both": (0.1, 1)}[settings.features_objective]
+        summary = vit.summary(images)
+        log = {"class": F.cross_entropy(classify(summary), labels)}
+        loss = log["class"]
+        if settings.features_objective == "summarize":
+            log["rebuild"] = F.mse_loss(rebuild(summary), images.flatten(1))
+            loss = 0.1 * loss + 4 * log["rebuild"]
         optimizer.zero_grad()
-        sum(w * loss for w, loss in zip(weights, log.values(), strict=True)).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
         return {name: loss.detach() for name, loss in log.items()}
 
-    parts = {
-        "networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches,
-        "generator": GeneratorState(generator),
-    }  # fmt: skip
-    seconds = run_loop(folder, "features F", parts, step, settings.features_steps, key)
+    parts = {"networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches}
+    steps = 0 if settings.features_objective == "none" else settings.features_steps
+    seconds = run_loop(folder, "features F", parts, step, steps, key)
     return vit.eval().requires_grad_(False), seconds
 
 

@@ -75,8 +75,11 @@ def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, l
     start, seconds, rows, pending = 0, 0.0, [], []
     if path.exists() and (state := load(path))["key"] == key:
         start, seconds, rows, pending = (state[name] for name in ("step", "seconds", "rows", "pending"))
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise TrainingError(f"{path} does not fit this version's networks; remove {folder} to start over") from error
     began = saved = time.time()
 
     def checkpoint(done):

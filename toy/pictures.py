@@ -66,11 +66,12 @@ def refinement(path, student, data, settings, device, columns=10):
     """The student's estimate after each of its n steps, from one noise (Fig. 4 of the paper)."""
     labels = torch.arange(columns, device=device) % len(data.classes)
     noise = noise_for(columns, data.train_images.shape[1:], settings.seed + 8, device)
-    states = [noise]
+    states, decode = [noise], student.denoiser.decode
     generator = torch.Generator(device).manual_seed(settings.seed)
     student.sample(
-        noise, labels, len(student.timesteps), generator=generator, on_step=lambda s, x_s, x_hat: states.append(x_hat)
-    )
+        noise, labels, len(student.timesteps), generator=generator,
+        on_step=lambda s, x_s, x_hat: states.append(decode(x_hat)),
+    )  # fmt: skip
     figure, axis = plt.subplots(figsize=(columns * 0.62, len(states) * 0.62))
     names = ", ".join(map(str, student.inference_timesteps(len(student.timesteps))))
     show(axis, torch.cat(states), columns, f"noise, then the student's x̂_0 at s = {names}")
@@ -84,13 +85,13 @@ def targets(path, student, teacher, data, settings, device, columns=10):
     x_0, labels = to_float(data.test_images[picked]).to(device), data.test_labels[picked].to(device)
     noise = noise_for(columns, x_0.shape[1:], settings.seed + 9, device)
     s = torch.tensor(student.timesteps, device=device)[torch.arange(columns, device=device) % len(student.timesteps)]
-    x_s = student.diffuse(x_0, noise, s)
+    x_s = student.diffuse(teacher.encode(x_0), noise, s)
     x_hat = student(x_s, s, labels)
-    sheets, names = [x_0, x_s, x_hat], ["x_0", "x_s", "x̂_θ"]
+    sheets, names = [x_0, teacher.decode(x_s), teacher.decode(x_hat)], ["x_0", "x_s", "x̂_θ"]
     for t_value in (200, 500, 800):
         t = torch.full((columns,), t_value, device=device)
-        sheets.append(teacher.schedule.diffuse(x_hat, noise, t))
-        sheets.append(reconstruction_target(teacher, x_hat, noise, t, labels))
+        sheets.append(teacher.decode(teacher.schedule.diffuse(x_hat, noise, t)))
+        sheets.append(teacher.decode(reconstruction_target(teacher, x_hat, noise, t, labels)))
         names += [f"x̂_θ,t  t={t_value}", f"x̂_ψ  t={t_value}"]
     figure, axes = plt.subplots(len(sheets), 1, figsize=(columns * 0.62, len(sheets) * 0.66))
     for axis, images, name in zip(axes, sheets, names, strict=True):

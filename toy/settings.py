@@ -30,7 +30,7 @@ class Settings:
     metric_steps: int = option(300, "training steps of the metric network")
 
     features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)")
-    features_objective: str = option("classify", "what F learns: classify, denoise or both")
+    features_objective: str = option("classify", "what F learns: classify, summarize or none (see toy/features.py)")
     features_patch: int = option(4, "patch size of F")
     features_width: int = option(96, "channels of F")
     features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block")
@@ -44,7 +44,7 @@ class Settings:
     teacher_steps: int = option(1200, "training steps of the teacher")
     teacher_batch: int = option(128, "its batch size")
     teacher_lr: float = option(1e-3, "its learning rate")
-    teacher_ema: float = option(0.999, "decay of its weights' moving average")
+    teacher_ema: float = option(0.995, "decay of its weights' moving average")
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
 
     distil_steps: int = option(1000, "ADD iterations")
@@ -54,6 +54,7 @@ class Settings:
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)")
     distil_ema: float = option(0.99, "decay of the student's moving average")
     distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student")
+    distil_terminal_share: float = option(0.5, "share of the student's draws at the last of them (the paper: 0.25)")
     distil_lambda: float = option(2.5, "weight of the distillation loss")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")

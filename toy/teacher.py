@@ -4,14 +4,37 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import Denoiser, NoiseSchedule
-from toy.data import Batches
+from toy.data import Batches, to_float
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 from toy.networks import UNet
 
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 
 
-def make_denoiser(channels, classes, settings):
+class Standardize:
+    """Pixels in [-1, 1] → the space that is diffused, with mean 0 and deviation 1, as a latent model's VAE and scale do.
+
+    Noise schedules are made for such data. Digits have mean -0.8: at α_T > 0 the pure noise that sampling starts from
+    would look to the network like an image much too bright.
+    """
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def of(cls, images):
+        """From the training images, float (N, C, H, W)."""
+        return cls(images.mean().item(), images.std().item())
+
+    def __call__(self, images):
+        return (images - self.mean) / self.std
+
+    def inverse(self, z):
+        """Back to pixels."""
+        return z * self.std + self.mean
+
+
+def make_denoiser(channels, classes, settings, standardize):
     """An untrained class-conditional U-Net with the noise schedule of the settings. ValueError for an unknown one."""
     if settings.teacher_schedule not in SCHEDULES:
         raise ValueError(f"--teacher-schedule {settings.teacher_schedule}: choose one of {', '.join(SCHEDULES)}")
@@ -25,7 +48,7 @@ def make_denoiser(channels, classes, settings):
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
     network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks)
-    return Denoiser(network, schedule, settings.teacher_prediction)
+    return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse)
 
 
 def training_target(x_0, noise, alpha, sigma, prediction):
@@ -37,7 +60,8 @@ def train_teacher(folder, data, settings, device, key):
     """(Denoiser with the EMA weights, seconds)."""
     torch.manual_seed(settings.seed + 3)
     classes, steps = len(data.classes), settings.teacher_steps
-    denoiser = make_denoiser(data.train_images.shape[1], classes, settings).to(device)
+    standardize = Standardize.of(to_float(data.train_images))
+    denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.teacher_ema))
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.teacher_lr, betas=(0.9, 0.99))
@@ -46,7 +70,8 @@ def train_teacher(folder, data, settings, device, key):
     generator = torch.Generator(device).manual_seed(settings.seed + 3)
 
     def step(i):
-        x_0, labels = (x.to(device) for x in next(batches))
+        images, labels = (x.to(device) for x in next(batches))
+        x_0 = denoiser.encode(images)
         t = torch.randint(len(schedule), (len(x_0),), device=device, generator=generator)
         noise = torch.randn(x_0.shape, device=device, generator=generator)
         dropped = torch.rand(len(x_0), device=device, generator=generator) < settings.teacher_label_dropout
