@@ -25,11 +25,14 @@ Departures from the paper, and choices where it is silent
        released models' public sampler does the same. v- and x_0-networks may use zero_terminal_snr().
     2. ‖x - y‖² is averaged over an image's elements (config.reduction = "sum" gives the paper's formula): summed, its
        weight against the hinge would grow with the resolution.
-    3. Hinge losses are averaged over a head's tokens and summed over heads; R1 differentiates the sum over tokens.
+    3. Hinge losses are averaged over a head's tokens and summed over heads; R1 differentiates the sum over tokens
+       and batch.
     4. c_text and c_img enter as a sum of two linear maps, which is one linear map of their concatenation.
     5. c_img is zero at τ_n, where the student has seen nothing of x_0. Real images get their generated partners' c.
     6. Guidance of the teacher, optimisers, EMA, augmentation: not in the paper; arguments here.
     7. NFSD has no published form with several teacher steps: refused.
+    8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
+       favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
 """
 
 import math
@@ -41,12 +44,18 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 
 def _check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def _column(x):
+    """(B,) → (B, 1, 1, 1), to go with images; a number stays what it is."""
+    return x[:, None, None, None] if torch.is_tensor(x) else x
 
 
 # =====================================================================================================================
@@ -64,8 +73,9 @@ class NoiseSchedule(nn.Module):
         low, high = float(alphas_cumprod.min()), float(alphas_cumprod.max())
         if not (0 <= low and high < 1 and (alphas_cumprod.diff() <= 0).all()):
             raise ValueError(f"alphas_cumprod={low}…{high} must fall monotonically within [0, 1)")
-        self.register_buffer("alpha", alphas_cumprod.sqrt())
-        self.register_buffer("sigma", (1 - alphas_cumprod).sqrt())
+        # Not in checkpoints: a schedule is a setting, and loading another's weights must not change it.
+        self.register_buffer("alpha", alphas_cumprod.sqrt(), persistent=False)
+        self.register_buffer("sigma", (1 - alphas_cumprod).sqrt(), persistent=False)
         self.has_zero_terminal_snr = bool(alphas_cumprod[-1] == 0)
 
     @classmethod
@@ -85,7 +95,7 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def cosine(cls, T=1000, offset=0.008):
-        """ᾱ_t = cos²(π/2 · (t/T + offset) / (1 + offset)), with β at most 0.999 (Nichol & Dhariwal 2021)."""
+        """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)) (Nichol & Dhariwal 2021)."""
         f = torch.cos(math.pi / 2 * (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)) ** 2
         return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999).float())
 
@@ -102,9 +112,12 @@ class NoiseSchedule(nn.Module):
         """(α_t, σ_t) as (B, 1, 1, 1) tensors for integer t (B,). ValueError if a t is not in 0 … T-1."""
         if t.ndim != 1 or t.is_floating_point():
             raise ValueError(f"t has shape {tuple(t.shape)} and type {t.dtype}; expected (B,) integers")
-        if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(self):
-            raise ValueError(f"t={int(t.min())}…{int(t.max())} is out of range; this schedule has t = 0…{len(self) - 1}")
-        return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+        if self.alpha.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the schedule is {self.alpha.dtype}; it needs float32: cast denoiser.network alone")
+        low, high = torch.stack(t.aminmax()).tolist() if len(t) else (0, 0)  # one wait for the device, not two
+        if not 0 <= low <= high < len(self):
+            raise ValueError(f"t={low}…{high} is out of range; this schedule has t = 0…{len(self) - 1}")
+        return _column(self.alpha[t]), _column(self.sigma[t])
 
     def diffuse(self, x_0, noise, t):
         """x_t = α_t x_0 + σ_t ε; x_0 and noise (B, C, H, W), t (B,). ValueError if shapes differ."""
@@ -125,7 +138,7 @@ PREDICTIONS = ("epsilon", "v", "x_0")  # v = α ε - σ x_0 (Salimans & Ho 2022)
 
 
 def to_x_0_and_epsilon(output, x_t, alpha, sigma, prediction):
-    """(x̂_0, ε̂) from a network's output, given what it predicts; inverse of one another through x_t."""
+    """(x̂_0, ε̂) from a network's output, given what it predicts; the pair satisfies x_t = α x̂_0 + σ ε̂."""
     _check_choice("prediction", prediction, PREDICTIONS)
     output = output.to(torch.promote_types(output.dtype, alpha.dtype))  # half-precision outputs lose nothing further
     if prediction == "epsilon":
@@ -143,7 +156,8 @@ class Denoiser(nn.Module):
     """A network f(x_t, t, cond) with its schedule: calling it gives (x̂_0, ε̂) of noisy images.
 
     encode maps pixels (B, 3, H, W) in [-1, 1] to the space that is diffused, decode back: a latent model's VAE with its
-    scale, the identity for a pixel model. They are kept out of the module tree: the student does not train its VAE.
+    scale, the identity for a pixel model. They stay out of the module tree, so that no optimiser, checkpoint or wrapper
+    sees a VAE: its owner moves it, casts it and freezes it, as gradients go through decode and none may stay there.
     ValueError if an ε-network is given a schedule with zero terminal SNR.
     """
 
@@ -152,15 +166,15 @@ class Denoiser(nn.Module):
         _check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "epsilon" and schedule.has_zero_terminal_snr:
             raise ValueError(
-                "prediction='epsilon' cannot use a schedule with zero terminal SNR: x_0 = (x_t - sigma eps) / alpha has "
-                "alpha_T = 0. Keep the un-rescaled schedule (the student is fed pure noise at tau_n all the same), or "
-                "use prediction='v' or 'x_0'"
+                "prediction='epsilon' cannot use a schedule with zero terminal SNR: x_0 = (x_t - sigma eps) / alpha "
+                "has alpha_T = 0. Keep the un-rescaled schedule (the student is fed pure noise at tau_n all the same), "
+                "or use prediction='v' or 'x_0'"
             )
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.__dict__.update(encode=encode, decode=decode)  # past nn.Module's registration, should they be modules
 
     def forward(self, x_t, t, cond, guidance=1.0, null_cond=None):
-        """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in at least the schedule's float32: x̂_0 at 999 has 14.6 times ε̂'s error.
+        """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in the schedule's float32: at 999 x̂_0 has 14.6 times ε̂'s error.
 
         guidance (a float, or (B,)) other than 1 extrapolates from null_cond to cond (Ho & Salimans 2022). One rule for
         every prediction type, as x̂_0 and ε̂ are linear in the output.
@@ -170,16 +184,15 @@ class Denoiser(nn.Module):
         if torch.is_tensor(guidance) or guidance != 1:
             if null_cond is None:
                 raise ValueError(f"guidance={guidance} needs null_cond, the empty condition; pass it, or guidance=1")
-            scale = guidance[:, None, None, None] if torch.is_tensor(guidance) else guidance
             null_output = self.network(x_t, t, null_cond)
-            output = null_output + scale * (output - null_output)
+            output = null_output + _column(guidance) * (output - null_output)
         return to_x_0_and_epsilon(output, x_t, alpha, sigma, self.prediction)
 
 
 def ddim(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
     """x̂_0 after consecutive deterministic steps (DDIM, η = 0; Song et al. 2021) from x_t at timesteps[0].
 
-    timesteps is a falling list of (B,) tensors; one entry means a single denoising.
+    timesteps is a list of (B,) tensors that do not rise; one entry means a single denoising.
     """
     x_0, epsilon = denoiser(x_t, timesteps[0], cond, guidance, null_cond)
     for t in timesteps[1:]:
@@ -206,8 +219,11 @@ class Student(nn.Module):
         if terminal_share is not None and not 0 < terminal_share <= 1:
             raise ValueError(f"terminal_share={terminal_share} must be within (0, 1], or None for uniform")
         self.denoiser, self.timesteps = denoiser, tuple(timesteps)
-        n, p = len(timesteps), terminal_share
-        self.probabilities = [1 / n] * n if p is None or n == 1 else [(1 - p) / (n - 1)] * (n - 1) + [p]
+        n = len(timesteps)
+        if terminal_share is None or n == 1:
+            self.probabilities = [1 / n] * n
+        else:
+            self.probabilities = [(1 - terminal_share) / (n - 1)] * (n - 1) + [terminal_share]
 
     def draw_timesteps(self, n, device=None, generator=None):
         """(n,) timesteps s from T_student."""
@@ -219,9 +235,9 @@ class Student(nn.Module):
         return s == self.timesteps[-1]
 
     def diffuse(self, x_0, noise, s):
-        """The student's input x_s (B, C, H, W); at τ_n the noise alone, whatever α_T: it must start from that (§3.1)."""
+        """The student's input x_s (B, C, H, W); at τ_n the noise alone, whatever α_T: sampling starts there (§3.1)."""
         x_s = self.denoiser.schedule.diffuse(x_0, noise, s)
-        return torch.where(self.is_terminal(s)[:, None, None, None], noise.to(x_s.dtype), x_s)
+        return torch.where(_column(self.is_terminal(s)), noise.to(x_s.dtype), x_s)
 
     def forward(self, x_s, s, cond):
         """x̂_θ(x_s, s), without guidance."""
@@ -262,7 +278,7 @@ class Student(nn.Module):
 
 
 def readout(tokens):
-    """(B, 1 + N, C) with the class token first → (B, N, C): the class token is added to every patch token and dropped."""
+    """(B, 1 + N, C), class token first → (B, N, C): it is added to every patch token and dropped."""
     return tokens[:, 1:] + tokens[:, :1]
 
 
@@ -283,7 +299,7 @@ class LocalBatchNorm(nn.Module):
         return rearrange((x - mean) * (variance + self.eps).rsqrt(), "g b c n -> (g b) c n")
 
     def forward(self, x):
-        groups = math.ceil(len(x) / self.group_size)
+        groups = max(1, math.ceil(len(x) / self.group_size))
         size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
         first, rest = x.split([larger * (size + 1), (groups - larger) * size])
         normalized = self._normalize(rest, size)
@@ -388,10 +404,9 @@ def augment_color(images, generator=None):
 def augment_translation(images, generator=None, ratio=0.125):
     """Shift by up to ratio of height and width; zeros come in."""
     b, _, h, w = images.shape
-    rows, cols = (
-        torch.arange(n, device=images.device) + _uniform(images, -ratio * n, ratio * n, generator).round()[:, 0, 0].long()
-        for n in (h, w)
-    )  # (B, H), (B, W): where each pixel comes from
+    shifts = [_uniform(images, -ratio * n, ratio * n, generator).round()[:, 0, 0].long() for n in (h, w)]
+    rows, cols = (torch.arange(n, device=images.device) + shift for n, shift in zip((h, w), shifts, strict=True))
+    # (B, H), (B, W): where each pixel comes from
     inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
     batch = torch.arange(b, device=images.device)[:, None, None]
     moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, h - 1)[:, :, None], cols.clamp(0, w - 1)[:, None, :]]
@@ -427,8 +442,10 @@ def hinge_discriminator(real_logits, fake_logits):
 
 
 def r1(real_logits, real_tokens):
-    """Σ_k ‖∂ Σ_n D_k(F_k(x_0))_n / ∂F_k(x_0)‖²: R1 (Mescheder et al. 2018) at each head's input, not at the pixels.
+    """Σ_k ‖∂ Σ D_k / ∂F_k(x_0)‖² for each sample: R1 (Mescheder et al. 2018) at each head's input, not at the pixels.
 
+    Σ D_k runs over tokens and batch. Local batch norm couples the samples of a group, so this is not quite the gradient
+    of a sample's own logits (departure 3).
     real_tokens are the leaves (B, N_k, C_k) that require grad and gave real_logits: F itself is never differentiated.
     """
     total = sum(logits.sum() for logits in real_logits)
@@ -446,7 +463,11 @@ NFSD_THRESHOLD = 0.2  # of T: below t = 200 of 1000 NFSD takes ε̂(x_t; ∅) it
 
 
 def weight(name, alpha, sigma, w="sigma_squared"):
-    """c(t): α_t ("exponential"), or α_t w(t) / (2 σ_t) ("sds", and "nfsd" with its own target); App. A."""
+    """c(t): α_t ("exponential"), or α_t w(t) / (2 σ_t) ("sds", and "nfsd" with its own target); App. A.
+
+    With the latter, space="diffused" and reduction="sum" the loss has the SDS gradient w(t) (ε̂_ψ - ε') ∂x̂_θ/∂θ;
+    "mean" divides it by the number of elements, pixel distance puts the decoder in between.
+    """
     _check_choice("weight", name, WEIGHTS)
     _check_choice("sds_w", w, tuple(SDS_W))
     return alpha if name == "exponential" else alpha * SDS_W[w](sigma) / (2 * sigma)
@@ -457,7 +478,8 @@ def distance(x, y, reduction="mean"):
     _check_choice("reduction", reduction, ("mean", "sum"))
     if x.shape != y.shape:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have one shape")
-    return getattr((x - y).square().flatten(1), reduction)(1)
+    squares = (x - y).square().flatten(1)
+    return squares.sum(1) if reduction == "sum" else squares.mean(1)
 
 
 def nfsd_residual(teacher, x_t, t, cond, null_cond, negative_cond, guidance):
@@ -466,9 +488,8 @@ def nfsd_residual(teacher, x_t, t, cond, null_cond, negative_cond, guidance):
     δ_C = ε̂(x_t; y) - ε̂(x_t; ∅); δ_D = ε̂(x_t; ∅) below the threshold, ε̂(x_t; ∅) - ε̂(x_t; y_neg) above it.
     """
     eps_cond, eps_null, eps_negative = (teacher(x_t, t, c)[1] for c in (cond, null_cond, negative_cond))
-    small = (t < NFSD_THRESHOLD * len(teacher.schedule))[:, None, None, None]
-    scale = guidance[:, None, None, None] if torch.is_tensor(guidance) else guidance
-    return torch.where(small, eps_null, eps_null - eps_negative) + scale * (eps_cond - eps_null)
+    small = _column(t < NFSD_THRESHOLD * len(teacher.schedule))
+    return torch.where(small, eps_null, eps_null - eps_negative) + _column(guidance) * (eps_cond - eps_null)
 
 
 @torch.no_grad()
@@ -505,11 +526,13 @@ class ADDConfig:
     gamma: float = 1e-5  # weight of R1, §4
     weight: str = "exponential"  # c(t): exponential (the paper's ablations), sds, or nfsd (its final models), §3.3
     sds_w: str = "sigma_squared"  # w(t) of sds and nfsd; not in the paper
-    guidance: float | tuple[float, float] = 1.0  # the teacher's; a pair is a range to draw from; not in the paper
+    guidance: float | tuple[float, float] = 1.0  # the teacher's, or a range to draw from; nfsd's g (7.5 in its paper)
     teacher_steps: int = 1  # Table 1f tries 1, 2, 4
     space: str = "pixel"  # where d(x, y) is measured: "pixel" (§3.1), or "diffused", the space the teacher diffuses
     reduction: str = "mean"  # of d(x, y) over an image; the paper's formula is "sum" (departure 2)
-    shared_latents: bool = True  # the student's space is the teacher's; if not, its pixels are encoded again (Table 1e)
+    # The student's space is the teacher's; if not, its pixels are encoded again (Table 1e). Nothing can check this: the
+    # latents of SD2.1 and SDXL have one shape and two meanings.
+    shared_latents: bool = True
 
     def __post_init__(self):
         _check_choice("weight", self.weight, WEIGHTS)
@@ -522,8 +545,9 @@ class ADDConfig:
         low, high = self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
         if not -math.inf < low <= high < math.inf:
             raise ValueError(f"guidance={self.guidance} must be a finite number, or a rising pair of them as a tuple")
-        if not isinstance(self.teacher_steps, int) or self.teacher_steps < 1 or (self.weight == "nfsd" and self.teacher_steps != 1):
-            raise ValueError(f"teacher_steps={self.teacher_steps} must be a whole number of at least 1, and 1 with weight='nfsd'")
+        n = self.teacher_steps
+        if not isinstance(n, int) or n < 1 or (self.weight == "nfsd" and n != 1):
+            raise ValueError(f"teacher_steps={n} must be a whole number of at least 1, and 1 with weight='nfsd'")
 
 
 @dataclass
@@ -547,7 +571,7 @@ class StudentHalf:
     loss: torch.Tensor  # Eq. 1, a scalar
     s: torch.Tensor  # (B,) the student's timesteps
     t: torch.Tensor  # (B,) the teacher's
-    x_hat: torch.Tensor  # the student's pixels x̂_θ (B, C, H, W), detached
+    pixels: torch.Tensor  # x̂_θ decoded, (B, C, H, W), detached
     target: torch.Tensor  # the teacher's x̂_ψ, in pixels or in its own space (config.space)
     fake_tokens: list = field(repr=False)  # [F_k(x̂_θ)], detached: the heads' half reads them again at no cost
     c_img: torch.Tensor | None = field(repr=False)  # zero where s = τ_n
@@ -556,7 +580,8 @@ class StudentHalf:
 
 @contextmanager
 def _frozen(module):
-    """No parameter of module gets a gradient inside: left trainable, the heads would learn to call fakes real."""
+    """No parameter of module gets a gradient inside: in a loop that forgets to clear the heads' gradients after the
+    student's half, they would learn to call fakes real."""
     required = [p.requires_grad for p in module.parameters()]
     module.requires_grad_(False)
     try:
@@ -571,6 +596,9 @@ class ADD(nn.Module):
 
     The cheapest correct step: one student forward; one pass of F over the fakes, whose features serve both halves; one
     pass of F over the reals without gradient; R1's double backward through the heads alone; no gradient in the teacher.
+
+    On several processes wrap student.denoiser.network (DDP or FSDP) and discriminator.heads (DDP alone: R1 needs a
+    second backward), and give each its own generator. ValueError if student and teacher share parameters.
     """
 
     def __init__(self, student, teacher, discriminator, config=None):
@@ -585,21 +613,21 @@ class ADD(nn.Module):
         self.teacher.eval()
         return self
 
-    def _draw_guidance(self, x, generator):
-        guidance = self.config.guidance
-        return _uniform(x, *guidance, generator).flatten() if isinstance(guidance, tuple) else guidance
-
     def distill(self, x_hat, pixels, batch, generator=None):
         """L_distill of each sample (B,), the target and t, from x̂_θ in the student's space and in pixels (§3.3)."""
         config, teacher = self.config, self.teacher
-        with torch.set_grad_enabled(config.space == "diffused"):
+        # Measured in pixels, the loss wants no gradient through the teacher's encoder.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.space == "diffused"):
             z = x_hat if config.shared_latents else teacher.encode(pixels)  # what the teacher's forward process takes
         T = len(teacher.schedule) - teacher.schedule.has_zero_terminal_snr  # nothing of x̂_θ is left at α_T = 0
         t = torch.randint(T, (len(z),), device=z.device, generator=generator)
         noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        guidance = config.guidance
+        if isinstance(guidance, tuple):
+            guidance = _uniform(z, *guidance, generator).flatten()
         target = reconstruction_target(
             teacher, z.detach(), noise, t, batch.cond if batch.teacher_cond is None else batch.teacher_cond,
-            guidance=self._draw_guidance(z, generator), null_cond=batch.null_cond, negative_cond=batch.negative_cond,
+            guidance=guidance, null_cond=batch.null_cond, negative_cond=batch.negative_cond,
             steps=config.teacher_steps, nfsd=config.weight == "nfsd",
         )  # fmt: skip
         if config.space == "pixel":
@@ -612,10 +640,10 @@ class ADD(nn.Module):
         """L_adv^G + λ L_distill (Eq. 1) on a fresh x̂_θ. Its backward moves the student alone."""
         student, denoiser = self.student, self.student.denoiser
         with torch.no_grad():
-            x_0 = denoiser.encode(batch.x_0)
-        s = student.draw_timesteps(len(x_0), x_0.device, generator)
-        noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
-        x_hat = student(student.diffuse(x_0, noise, s), s, batch.cond)
+            z_0 = denoiser.encode(batch.x_0)
+        s = student.draw_timesteps(len(z_0), z_0.device, generator)
+        noise = torch.randn(z_0.shape, dtype=z_0.dtype, device=z_0.device, generator=generator)
+        x_hat = student(student.diffuse(z_0, noise, s), s, batch.cond)
         pixels = denoiser.decode(x_hat)
 
         c_img = batch.c_img
@@ -637,15 +665,15 @@ class ADD(nn.Module):
             real_tokens = self.discriminator.tokens(batch.x_0, generator)
         real_tokens = [x.detach().requires_grad_(self.config.gamma > 0) for x in real_tokens]
         conditions = batch.c_text, student_half.c_img
-        real_logits = self.discriminator(real_tokens, *conditions)
-        fake_logits = self.discriminator(student_half.fake_tokens, *conditions)
+        with parametrize.cached():  # one spectral norm for both: real and generated meet the same weights
+            real_logits = self.discriminator(real_tokens, *conditions)
+            fake_logits = self.discriminator(student_half.fake_tokens, *conditions)
         hinge = hinge_discriminator(real_logits, fake_logits).mean()
         penalty = r1(real_logits, real_tokens).mean() if self.config.gamma > 0 else torch.zeros_like(hinge)
         log = {"hinge": hinge.detach(), "r1": penalty.detach()}
         for name, logits in (("real", real_logits), ("fake", fake_logits)):
-            per_head = torch.stack([x.detach().mean() for x in logits])
-            log[f"logit_{name}"] = per_head.mean()
-            log[f"sign_{name}"] = torch.stack([x.detach().sign().mean() for x in logits]).mean()
+            log[f"logit_{name}"] = sum(x.detach().mean() for x in logits) / len(logits)
+            log[f"sign_{name}"] = sum(x.detach().sign().mean() for x in logits) / len(logits)
         return hinge + self.config.gamma * penalty, log
 
     def step(self, batch, student_optimizer, heads_optimizer, generator=None):

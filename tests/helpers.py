@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from add import ADD, ADDConfig, Batch, Denoiser, Discriminator, DiscriminatorHeads, NoiseSchedule, Student
 
@@ -178,8 +179,9 @@ def naive_discriminator_loss(model, batch, s, noise):
         fakes = naive_student(model, batch, s, noise)
     c = batch.c_text, naive_c_img(model, batch, s)
     real_tokens = [x.detach().requires_grad_() for x in model.discriminator.features(batch.x_0)]
-    real = model.discriminator.heads(real_tokens, *c)
-    fake = model.discriminator.heads([x.detach() for x in model.discriminator.features(fakes)], *c)
+    with parametrize.cached():  # both under one spectral norm, which moves with every other call
+        real = model.discriminator.heads(real_tokens, *c)
+        fake = model.discriminator.heads([x.detach() for x in model.discriminator.features(fakes)], *c)
     hinge = sum(F.relu(1 - x).mean() for x in real) + sum(F.relu(1 + x).mean() for x in fake)
     penalty = 0
     for logits, tokens in zip(real, real_tokens, strict=True):

@@ -80,7 +80,7 @@ def test_what_the_student_half_hands_on_has_no_graph():
     """Only the loss does: kept for a log, the rest must not keep the student's activations."""
     half = make_add().student_half(make_batch(), generator())
     assert half.loss.requires_grad and half.loss.shape == ()
-    for x in (half.x_hat, half.target, half.c_img, *half.fake_tokens, *half.log.values()):
+    for x in (half.pixels, half.target, half.c_img, *half.fake_tokens, *half.log.values()):
         assert not x.requires_grad
 
 
@@ -186,7 +186,7 @@ def test_student_half_equals_eq_1(student, teacher):
     expected.backward()
     torch.testing.assert_close(half.loss, expected)
     assert_gradients_close(got, gradients(model.student))
-    torch.testing.assert_close(half.x_hat, naive_student(model, batch, s, noise).detach())
+    torch.testing.assert_close(half.pixels, naive_student(model, batch, s, noise).detach())
 
 
 def test_cheap_step_equals_the_naive_step():
@@ -316,7 +316,7 @@ def test_step_logs_what_it_says():
     real = discriminator.heads(discriminator.features(batch.x_0), *c)
     fake = discriminator.heads(discriminator.features(naive_student(before, batch, s, noise)), *c)
     alpha, _ = column(before.teacher.schedule, t)
-    distillation = (alpha.flatten() * ((half.x_hat - half.target) ** 2).mean((1, 2, 3))).mean()
+    distillation = (alpha.flatten() * ((half.pixels - half.target) ** 2).mean((1, 2, 3))).mean()
     expected = {
         "adversarial": -sum(x.mean() for x in fake),
         "distillation": distillation,
@@ -349,7 +349,7 @@ def test_reals_and_fakes_are_augmented_and_the_fakes_once():
     model, batch = make_add(augment=["color"]), make_batch()
     half = model.student_half(batch, generator(1))
     (fakes, _), = model.discriminator.features.calls
-    assert (fakes - half.x_hat).abs().amax((1, 2, 3)).min() > 1e-3
+    assert (fakes - half.pixels).abs().amax((1, 2, 3)).min() > 1e-3
     g = generator(5)
     model.discriminator_half(batch, half, g)
     _, (reals, _) = model.discriminator.features.calls
@@ -433,7 +433,7 @@ def test_calls_per_step(config, teacher_calls):
     assert [with_gradient for _, with_gradient, _ in teacher] == [False] * teacher_calls
     (fakes, with_gradient), (reals, without) = features
     assert with_gradient and not without
-    assert torch.equal(fakes, half.x_hat) and torch.equal(reals, batch.x_0)
+    assert torch.equal(fakes, half.pixels) and torch.equal(reals, batch.x_0)
 
 
 def test_several_teacher_steps_are_ddim_at_equal_spacing():
@@ -509,7 +509,7 @@ def test_student_works_in_its_own_space_and_the_discriminator_in_pixels():
     before.student.denoiser.encode = denoiser.encode
     x_hat = before.student(x_s, s, batch.cond)
     torch.testing.assert_close(fakes, (x_hat / 2 + 1).detach())
-    assert torch.equal(reals, batch.x_0) and torch.equal(half.x_hat, fakes)
+    assert torch.equal(reals, batch.x_0) and torch.equal(half.pixels, fakes)
 
 
 class PoolingCodec:
