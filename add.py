@@ -33,6 +33,7 @@ Departures from the paper, and choices where it is silent
     7. NFSD has no published form with several teacher steps: refused.
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
+    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation).
 """
 
 import math
@@ -282,30 +283,49 @@ def readout(tokens):
     return tokens[:, 1:] + tokens[:, :1]
 
 
-class LocalBatchNorm(nn.Module):
-    """Batch norm of (B, C, N) over groups of at most 8 samples and their tokens, without running statistics.
+def in_groups(x, group_size, function):
+    """Apply function to (g, b, …) stacks of groups of x (B, …) and put the batch together again.
 
-    A batch that is no multiple of the group size is split into groups as equal as can be: sizes differ by one.
+    Groups have at most group_size samples; where that does not divide B, sizes differ by one, so there are two stacks.
     """
+    groups = max(1, math.ceil(len(x) / group_size))
+    size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
+    first, rest = x.split([larger * (size + 1), (groups - larger) * size])
+    parts = [
+        rearrange(function(rearrange(part, "(g b) ... -> g b ...", b=b)), "g b ... -> (g b) ...")
+        for part, b in ((first, size + 1), (rest, size))
+        if len(part)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch norm of (B, C, N) over groups of at most 8 samples and their tokens, without running statistics."""
 
     def __init__(self, channels, group_size=8, eps=1e-5):
         super().__init__()
         self.group_size, self.eps = group_size, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def _normalize(self, x, size):
-        x = rearrange(x, "(g b) c n -> g b c n", b=size)
-        variance, mean = torch.var_mean(x, dim=(1, 3), keepdim=True, correction=0)
-        return rearrange((x - mean) * (variance + self.eps).rsqrt(), "g b c n -> (g b) c n")
+    def _normalize(self, x):
+        variance, mean = torch.var_mean(x, dim=(1, 3), keepdim=True, correction=0)  # x is (g, b, C, N)
+        return (x - mean) * (variance + self.eps).rsqrt()
 
     def forward(self, x):
-        groups = max(1, math.ceil(len(x) / self.group_size))
-        size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
-        first, rest = x.split([larger * (size + 1), (groups - larger) * size])
-        normalized = self._normalize(rest, size)
-        if larger:
-            normalized = torch.cat([self._normalize(first, size + 1), normalized])
-        return normalized * self.weight[:, None] + self.bias[:, None]
+        return in_groups(x, self.group_size, self._normalize) * self.weight[:, None] + self.bias[:, None]
+
+
+def group_deviation(tokens, group_size=8):
+    """Standard deviation of the tokens (B, N, C) among the samples of a group, averaged over channels: (B, 1, N).
+
+    The minibatch standard deviation of Karras et al. (2018): it shows a head how alike the images of a group are.
+    """
+
+    def deviation(x):
+        d = (x.var(dim=1, keepdim=True, correction=0) + 1e-8).sqrt().mean(-1, keepdim=True)  # (g, 1, N, 1)
+        return d.expand(-1, x.shape[1], -1, -1)
+
+    return rearrange(in_groups(tokens, group_size, deviation), "b n 1 -> b 1 n")
 
 
 class DiscriminatorHead(nn.Module):
@@ -314,19 +334,20 @@ class DiscriminatorHead(nn.Module):
     1x1 conv → residual circular conv (sum / √2) → 1x1 conv to c_map channels, multiplied by a linear map of the
     conditions and summed / √c_map (projection, Miyato & Koyama 2018); convolutions spectrally normalised, each of the
     first two followed by local batch norm and a leaky ReLU. Without conditions the last convolution gives the logit.
-    hidden=None keeps C channels (StyleGAN-T); the toy uses fewer.
+    hidden=None keeps C channels (StyleGAN-T); the toy uses fewer. deviation appends group_deviation to what the last
+    convolution reads: not in the paper, for small batches and weak F, where students collapse.
     """
 
-    def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64):
+    def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64, deviation=False):
         super().__init__()
-        hidden, self.conditional = hidden or channels, bool(text_dim or image_dim)
+        hidden, self.conditional, self.deviation = hidden or channels, bool(text_dim or image_dim), deviation
 
         def block(c_in, kernel):
             conv = nn.Conv1d(c_in, hidden, kernel, padding="same", padding_mode="circular")
             return nn.Sequential(spectral_norm(conv), LocalBatchNorm(hidden), nn.LeakyReLU(0.2))
 
         self.first, self.residual = block(channels, 1), block(hidden, kernel)
-        self.last = spectral_norm(nn.Conv1d(hidden, c_map if self.conditional else 1, 1))
+        self.last = spectral_norm(nn.Conv1d(hidden + deviation, c_map if self.conditional else 1, 1))
         self.from_text = nn.Linear(text_dim, c_map, bias=False) if text_dim else None
         self.from_image = nn.Linear(image_dim, c_map, bias=False) if image_dim else None
         # With it a condition of zeros (c_img at τ_n) still leaves a logit.
@@ -334,7 +355,11 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, tokens, c_text=None, c_img=None):
         h = self.first(rearrange(tokens, "b n c -> b c n"))
-        h = self.last((h + self.residual(h)) / math.sqrt(2))  # (B, c_map or 1, N)
+        h = (h + self.residual(h)) / math.sqrt(2)
+        if self.deviation:
+            # Scaled up, as one channel among many has to be heard.
+            h = torch.cat([h, math.sqrt(h.shape[1]) * group_deviation(tokens)], dim=1)
+        h = self.last(h)  # (B, c_map or 1, N)
         if not self.conditional:
             return h[:, 0]
         projection = self.unconditional.expand(len(h), -1)  # (B, c_map)

@@ -26,6 +26,7 @@ def build_add(teacher, features, classes, settings, device):
         hidden=settings.distil_head_width,
         kernel=settings.distil_head_kernel,
         c_map=settings.distil_c_map,
+        deviation=settings.distil_deviation,
     )
     config = ADDConfig(
         lambda_=settings.distil_lambda,
@@ -68,6 +69,8 @@ def distil(folder, data, settings, teacher, features, device, key):
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
+        order = labels.argsort(stable=True)  # groups of (nearly) one class: their deviation is that within the class
+        images, labels = images[order], labels[order]
         batch = make_batch(images, labels, features, classes, settings)
         log = add.step(batch, student_optimizer, heads_optimizer, generator).log
         ema.update_parameters(network)

@@ -27,30 +27,30 @@ class Settings:
     limit: int = option(0, "use only so many training and so many test images (0: all)")
     seed: int = option(0, "of every random draw")
 
-    metric_steps: int = option(300, "training steps of the metric network")
+    metric_steps: int = option(200, "training steps of the metric network")
 
     features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)")
-    features_objective: str = option("classify", "what F learns: classify, summarize or none (see toy/features.py)")
+    features_objective: str = option("summarize", "what F learns: classify, summarize or none (see toy/features.py)")
     features_patch: int = option(4, "patch size of F")
     features_width: int = option(96, "channels of F")
     features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block")
-    features_steps: int = option(600, "training steps of F")
+    features_steps: int = option(300, "training steps of F")
 
     teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution")
     teacher_blocks: int = option(1, "residual blocks at each resolution, down and up")
     teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine")
     teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
     teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0")
-    teacher_steps: int = option(1200, "training steps of the teacher")
+    teacher_steps: int = option(1000, "training steps of the teacher")
     teacher_batch: int = option(128, "its batch size")
     teacher_lr: float = option(1e-3, "its learning rate")
     teacher_ema: float = option(0.995, "decay of its weights' moving average")
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
 
-    distil_steps: int = option(1000, "ADD iterations")
+    distil_steps: int = option(850, "ADD iterations")
     distil_batch: int = option(64, "their batch size")
-    distil_student_lr: float = option(1e-4, "the student's learning rate")
-    distil_heads_lr: float = option(1e-3, "the discriminator heads' learning rate")
+    distil_student_lr: float = option(2e-4, "the student's learning rate")
+    distil_heads_lr: float = option(5e-3, "the discriminator heads' learning rate")
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)")
     distil_ema: float = option(0.99, "decay of the student's moving average")
     distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student")
@@ -63,11 +63,12 @@ class Settings:
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
     distil_augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout")
-    distil_head_width: int = option(48, "channels inside a head")
+    distil_head_width: int = option(32, "channels inside a head")
     distil_head_kernel: int = option(9, "taps of a head's circular convolution")
+    distil_deviation: bool = option(True, "show the heads how alike the images of a group are (not in the paper)")
     distil_c_map: int = option(32, "channels of a head's projection")
 
-    eval_images: int = option(2000, "generated images that each figure is taken from")
+    eval_images: int = option(1000, "generated images that each figure is taken from")
     eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used")
     eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best")
 
@@ -82,8 +83,15 @@ POSITIVE = ("_steps", "_batch", "_images", "_width", "_depth", "_patch", "_block
 
 PRESETS = {
     "cpu": {},
-    "gpu": {},
-    "long": {},
+    "long": dict(
+        metric_steps=400, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, distil_steps=4000,
+        distil_student_lr=1e-4, distil_heads_lr=3e-3, distil_ema=0.995, eval_images=2000,
+    ),
+    "gpu": dict(
+        metric_steps=2000, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
+        teacher_steps=15_000, teacher_ema=0.999, distil_steps=10_000, distil_batch=128, distil_student_lr=1e-4,
+        distil_heads_lr=3e-3, distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
+    ),
     "tiny": dict(
         limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
         teacher_steps=6, teacher_batch=16, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
