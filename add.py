@@ -427,15 +427,14 @@ def augment_color(images, generator=None):
 
 
 def augment_translation(images, generator=None, ratio=0.125):
-    """Shift by up to ratio of height and width; zeros come in."""
+    """Shift by up to ratio of height and width, the border repeated (zeros would put grey bars beside a black ground)."""
     b, _, h, w = images.shape
     shifts = [_uniform(images, -ratio * n, ratio * n, generator).round()[:, 0, 0].long() for n in (h, w)]
-    rows, cols = (torch.arange(n, device=images.device) + shift for n, shift in zip((h, w), shifts, strict=True))
-    # (B, H), (B, W): where each pixel comes from
-    inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
+    rows, cols = (  # (B, H), (B, W): where each pixel comes from
+        (torch.arange(n, device=images.device) + shift).clamp(0, n - 1) for n, shift in zip((h, w), shifts, strict=True)
+    )
     batch = torch.arange(b, device=images.device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, h - 1)[:, :, None], cols.clamp(0, w - 1)[:, None, :]]
-    return moved.permute(0, 3, 1, 2) * inside
+    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def augment_cutout(images, generator=None, ratio=0.5):

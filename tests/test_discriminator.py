@@ -14,6 +14,7 @@ from add import (
     DiscriminatorHead,
     DiscriminatorHeads,
     LocalBatchNorm,
+    group_deviation,
     hinge_discriminator,
     hinge_student,
     r1,
@@ -234,12 +235,11 @@ def test_color_by_hand(monkeypatch):
 
 
 def test_translation_by_hand(monkeypatch):
-    """Rows by 2 and columns by -1, the second image not at all; zeros come in at the edges that are left."""
+    """Rows by 2 and columns by -1, the second image not at all; the border is repeated at the edges."""
     asked = fixed_draws(monkeypatch, [1.8, 0.2], [-1.2, -0.4])
     images = randn(2, 3, 16, 8)
     moved = AUGMENTATIONS["translation"](images)
-    expected = torch.zeros_like(images[0])
-    expected[:, :14, 1:] = images[0, :, 2:, :-1]
+    expected = images[0][:, [*range(2, 16), 15, 15]][:, :, [0, *range(7)]]
     assert torch.equal(moved[0], expected) and torch.equal(moved[1], images[1])
     assert asked == [(-2.0, 2.0), (-1.0, 1.0)]  # an eighth of the height, of the width
 
@@ -371,3 +371,43 @@ def test_errors_name_argument_value_and_what_is_allowed(case):
     with pytest.raises(ValueError) as error:
         wrong()
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+# Group deviation (departure 9) ---------------------------------------------------------------------------------------
+
+
+def test_group_deviation_by_hand():
+    """Two groups of 8: in the first, channel 0 alternates between ±3 (deviation 3) and channel 1 is constant (0)."""
+    tokens = torch.zeros(16, 2, 2, dtype=torch.float64)
+    tokens[:8, 1, 0] = torch.tensor([3.0, -3.0] * 4)
+    out = group_deviation(tokens)
+    assert out.shape == (16, 1, 2)
+    torch.testing.assert_close(out[:8, 0, 1], torch.full((8,), 1.5).double(), atol=1e-4, rtol=0)
+    assert out[:8, 0, 0].max() < 1e-3 and out[8:].max() < 1e-3
+
+
+@pytest.mark.parametrize("n", [3, 12, 17])
+def test_group_deviation_takes_any_batch_and_keeps_groups_apart(n):
+    tokens = torch.randn(n, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes = [len(x) for x in torch.arange(n).tensor_split(-(-n // 8))]
+    expected = torch.cat([x.std(0, correction=0).mean(-1).expand(len(x), -1) for x in tokens.split(sizes)])
+    torch.testing.assert_close(group_deviation(tokens)[:, 0], expected)
+
+
+def test_a_head_with_deviation_tells_a_collapsed_group_and_its_gradient_parts_the_samples():
+    """Identical samples get another logit map than the mean of different ones would, and are pushed apart, not along."""
+    torch.manual_seed(0)
+    head = DiscriminatorHead(4, deviation=True).double().eval()
+    plain = DiscriminatorHead(4).double()
+    assert head.last.weight.shape[1] == plain.last.weight.shape[1] + 1
+    tokens = torch.randn(8, 6, 4, dtype=torch.float64)
+    wide = (1e3 * (tokens - tokens.mean(0)) + tokens.mean(0)).requires_grad_()
+    deviations = math.sqrt(4) * group_deviation(wide)
+    share = head.last.weight[0, -1, 0] * deviations[:, 0]  # what the extra channel adds to the logits
+    h = head.first(wide.mT)
+    h = (h + head.residual(h)) / math.sqrt(2)
+    without = torch.nn.functional.conv1d(h, head.last.weight[:, :-1], head.last.bias)[:, 0]
+    torch.testing.assert_close(head(wide), without + share)
+    (gradient,) = torch.autograd.grad(share.sum() * share[0, 0].sign(), wide)
+    outward = (gradient * (wide - wide.mean(0))).sum()
+    assert outward > 0  # raising the deviation's share means moving the samples away from their mean
