@@ -41,16 +41,16 @@ class Settings:
     teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine")
     teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
     teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0")
-    teacher_steps: int = option(1000, "training steps of the teacher")
+    teacher_steps: int = option(950, "training steps of the teacher")
     teacher_batch: int = option(128, "its batch size")
     teacher_lr: float = option(1e-3, "its learning rate")
     teacher_ema: float = option(0.995, "decay of its weights' moving average")
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
 
-    distil_steps: int = option(850, "ADD iterations")
+    distil_steps: int = option(700, "ADD iterations")
     distil_batch: int = option(64, "their batch size")
-    distil_student_lr: float = option(2e-4, "the student's learning rate")
-    distil_heads_lr: float = option(5e-3, "the discriminator heads' learning rate")
+    distil_student_lr: float = option(1e-4, "the student's learning rate")
+    distil_heads_lr: float = option(3e-3, "the discriminator heads' learning rate")
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)")
     distil_ema: float = option(0.99, "decay of the student's moving average")
     distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student")
@@ -85,12 +85,12 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, distil_steps=4000,
-        distil_student_lr=1e-4, distil_heads_lr=3e-3, distil_ema=0.995, eval_images=2000,
+        distil_ema=0.995, eval_images=2000,
     ),
     "gpu": dict(
         metric_steps=2000, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
-        teacher_steps=15_000, teacher_ema=0.999, distil_steps=10_000, distil_batch=128, distil_student_lr=1e-4,
-        distil_heads_lr=3e-3, distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
+        teacher_steps=15_000, teacher_ema=0.999, distil_steps=10_000, distil_batch=128,
+        distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
     ),
     "tiny": dict(
         limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
