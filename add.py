@@ -25,12 +25,11 @@ Departures from the paper, and choices where it is silent
        released models' public sampler does the same. v- and x_0-networks may use zero_terminal_snr().
     2. ‖x - y‖² is averaged over an image's elements (config.reduction = "sum" gives the paper's formula): summed, its
        weight against the hinge would grow with the resolution.
-    3. Hinge losses are averaged over a head's tokens and summed over heads; R1 differentiates the sum over tokens
-       and batch.
+    3. Hinge losses are averaged over tokens and summed over heads; R1 differentiates the sum over tokens and batch.
     4. c_text and c_img enter as a sum of two linear maps, which is one linear map of their concatenation.
     5. c_img is zero at τ_n, where the student has seen nothing of x_0. Real images get their generated partners' c.
-    6. Guidance of the teacher, optimisers, EMA, augmentation: not in the paper; arguments here.
-    7. NFSD has no published form with several teacher steps: refused.
+    6. The teacher's guidance, optimisers, EMA and augmentation are not in the paper: arguments here.
+    7. NFSD with several teacher steps has no published form: refused.
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
     9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation).
@@ -149,10 +148,6 @@ def to_x_0_and_epsilon(output, x_t, alpha, sigma, prediction):
     return output, (x_t - alpha * output) / sigma
 
 
-def _identity(x):
-    return x
-
-
 class Denoiser(nn.Module):
     """A network f(x_t, t, cond) with its schedule: calling it gives (x̂_0, ε̂) of noisy images.
 
@@ -162,7 +157,7 @@ class Denoiser(nn.Module):
     ValueError if an ε-network is given a schedule with zero terminal SNR.
     """
 
-    def __init__(self, network, schedule, prediction="epsilon", encode=_identity, decode=_identity):
+    def __init__(self, network, schedule, prediction="epsilon", encode=nn.Identity(), decode=nn.Identity()):
         super().__init__()
         _check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "epsilon" and schedule.has_zero_terminal_snr:
@@ -177,8 +172,8 @@ class Denoiser(nn.Module):
     def forward(self, x_t, t, cond, guidance=1.0, null_cond=None):
         """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in the schedule's float32: at 999 x̂_0 has 14.6 times ε̂'s error.
 
-        guidance (a float, or (B,)) other than 1 extrapolates from null_cond to cond (Ho & Salimans 2022). One rule for
-        every prediction type, as x̂_0 and ε̂ are linear in the output.
+        guidance (a float, or (B,)) other than 1 extrapolates from null_cond to cond (Ho & Salimans 2022): in the
+        output, in which x̂_0 and ε̂ are linear.
         """
         alpha, sigma = self.schedule.coefficients(t)
         output = self.network(x_t, t, cond)
@@ -284,10 +279,8 @@ def readout(tokens):
 
 
 def in_groups(x, group_size, function):
-    """Apply function to (g, b, …) stacks of groups of x (B, …) and put the batch together again.
-
-    Groups have at most group_size samples; where that does not divide B, sizes differ by one, so there are two stacks.
-    """
+    """function, applied to stacks (g, b, …) of groups of x (B, …): at most group_size samples in each, and where that
+    does not divide B, groups that differ by one, in two stacks."""
     groups = max(1, math.ceil(len(x) / group_size))
     size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
     first, rest = x.split([larger * (size + 1), (groups - larger) * size])
@@ -316,10 +309,8 @@ class LocalBatchNorm(nn.Module):
 
 
 def group_deviation(tokens, group_size=8):
-    """Standard deviation of the tokens (B, N, C) among the samples of a group, averaged over channels: (B, 1, N).
-
-    The minibatch standard deviation of Karras et al. (2018): it shows a head how alike the images of a group are.
-    """
+    """Standard deviation of tokens (B, N, C) among the samples of a group, averaged over channels: (B, 1, N); as Karras
+    et al. (2018) do with a minibatch, it shows a head how alike the images are."""
 
     def deviation(x):
         d = (x.var(dim=1, keepdim=True, correction=0) + 1e-8).sqrt().mean(-1, keepdim=True)  # (g, 1, N, 1)
@@ -356,8 +347,7 @@ class DiscriminatorHead(nn.Module):
     def forward(self, tokens, c_text=None, c_img=None):
         h = self.first(rearrange(tokens, "b n c -> b c n"))
         h = (h + self.residual(h)) / math.sqrt(2)
-        if self.deviation:
-            # Scaled up, as one channel among many has to be heard.
+        if self.deviation:  # scaled up, as one channel among many has to be heard
             h = torch.cat([h, math.sqrt(h.shape[1]) * group_deviation(tokens)], dim=1)
         h = self.last(h)  # (B, c_map or 1, N)
         if not self.conditional:
@@ -427,7 +417,7 @@ def augment_color(images, generator=None):
 
 
 def augment_translation(images, generator=None, ratio=0.125):
-    """Shift by up to ratio of height and width, the border repeated (zeros would put grey bars beside a black ground)."""
+    """Shift by up to ratio of height and width; the border is repeated, as zeros would be grey bars on black."""
     b, _, h, w = images.shape
     shifts = [_uniform(images, -ratio * n, ratio * n, generator).round()[:, 0, 0].long() for n in (h, w)]
     rows, cols = (  # (B, H), (B, W): where each pixel comes from
@@ -468,8 +458,7 @@ def hinge_discriminator(real_logits, fake_logits):
 def r1(real_logits, real_tokens):
     """Σ_k ‖∂ Σ D_k / ∂F_k(x_0)‖² for each sample: R1 (Mescheder et al. 2018) at each head's input, not at the pixels.
 
-    Σ D_k runs over tokens and batch. Local batch norm couples the samples of a group, so this is not quite the gradient
-    of a sample's own logits (departure 3).
+    Σ D_k runs over tokens and batch, whose samples local batch norm couples (departure 3).
     real_tokens are the leaves (B, N_k, C_k) that require grad and gave real_logits: F itself is never differentiated.
     """
     total = sum(logits.sum() for logits in real_logits)
@@ -604,8 +593,7 @@ class StudentHalf:
 
 @contextmanager
 def _frozen(module):
-    """No parameter of module gets a gradient inside: in a loop that forgets to clear the heads' gradients after the
-    student's half, they would learn to call fakes real."""
+    """No parameter of module gets a gradient inside: left in .grad, it would teach the heads to call fakes real."""
     required = [p.requires_grad for p in module.parameters()]
     module.requires_grad_(False)
     try:

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -171,6 +172,13 @@ def naive_student_loss(model, batch, s, noise, t, noise_2):
     distillation = (a.flatten() * ((x_hat - target) ** 2).mean((1, 2, 3))).mean()
     logits = model.discriminator.heads(model.discriminator.features(x_hat), batch.c_text, naive_c_img(model, batch, s))
     return -sum(x.mean() for x in logits) + model.config.lambda_ * distillation
+
+
+def assert_refused(wrong, parts):
+    """wrong() raises a ValueError whose message has every part: the argument, its value, what is allowed."""
+    with pytest.raises(ValueError) as error:
+        wrong()
+    assert [part for part in parts if part not in str(error.value)] == []
 
 
 def naive_discriminator_loss(model, batch, s, noise):

@@ -20,6 +20,7 @@ from add import (
 )
 from helpers import (
     NoBackward,
+    assert_refused,
     column,
     draws,
     generator,
@@ -605,6 +606,9 @@ ERRORS = {
     "distance shapes": (lambda: distance(torch.ones(2, 3), torch.ones(2, 1)), ["x (2, 3)", "y (2, 1)", "one shape"]),
     "lambda_ < 0": (lambda: ADDConfig(lambda_=-1.0), ["lambda_=-1.0", "finite", "at least 0"]),
     "lambda_ nan": (lambda: ADDConfig(lambda_=float("nan")), ["lambda_=nan", "finite", "at least 0"]),
+    "guidance range that falls": (lambda: ADDConfig(guidance=(4.0, 2.0)), ["guidance=(4.0, 2.0)", "rising"]),
+    "guidance nan": (lambda: ADDConfig(guidance=float("nan")), ["guidance=nan", "finite"]),
+    "teacher_steps 1.5": (lambda: ADDConfig(teacher_steps=1.5), ["teacher_steps=1.5", "whole"]),
     "gamma inf": (lambda: ADDConfig(gamma=float("inf")), ["gamma=inf", "finite", "at least 0"]),
     "gamma < 0": (lambda: ADDConfig(gamma=-1e-5), ["gamma=-1e-05", "finite", "at least 0"]),
     "teacher_steps": (lambda: ADDConfig(teacher_steps=0), ["teacher_steps=0", "at least 1"]),
@@ -621,29 +625,12 @@ ERRORS = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_argument_value_and_what_is_allowed(case):
-    wrong, parts = ERRORS[case]
-    with pytest.raises(ValueError) as error:
-        wrong()
-    assert [part for part in parts if part not in str(error.value)] == []
+    assert_refused(*ERRORS[case])
 
 
 def test_teacher_steps_of_one_are_allowed_with_nfsd():
     assert ADDConfig(weight="nfsd", teacher_steps=1).weight == "nfsd"
     target_in_steps(1)
-
-
-@pytest.mark.parametrize(
-    "wrong, part",
-    [
-        (dict(guidance=(4.0, 2.0)), "guidance=(4.0, 2.0)"),
-        (dict(guidance=float("nan")), "guidance=nan"),
-        (dict(teacher_steps=1.5), "teacher_steps=1.5"),
-    ],
-)
-def test_config_refuses_what_would_fail_in_the_midst_of_a_step(wrong, part):
-    with pytest.raises(ValueError) as error:
-        ADDConfig(**wrong)
-    assert part in str(error.value)
 
 
 def test_a_student_that_is_its_own_teacher_is_refused():
