@@ -108,6 +108,19 @@ def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stag
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--distil-c-img", "true", "--distil-weight", "nfsd", "--distil-guidance", "7.5", "--distil-deviation", "false"],
+        ["--distil-weight", "sds", "--distil-teacher-steps", "2", "--distil-augment", "translation,cutout"],
+    ],
+)
+def test_other_losses_and_conditions_give_another_student(finished, tmp_path, flags):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    assert run.main([*TINY, "--out", str(folder), *flags]) == 0
+    assert not same(weights(finished[0]), weights(folder))
+
+
 def test_sample_draws_the_same_grid_under_the_same_seed(finished, tmp_path):
     def grid(name, *arguments):
         path = tmp_path / name
