@@ -32,7 +32,8 @@ Departures from the paper, and choices where it is silent
     7. NFSD with several teacher steps has no published form: refused.
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
-    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation).
+    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), and noise
+       on what F sees (augment_noise).
 """
 
 import math
@@ -437,7 +438,15 @@ def augment_cutout(images, generator=None, ratio=0.5):
     return images * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
 
-AUGMENTATIONS = {"color": augment_color, "translation": augment_translation, "cutout": augment_cutout}
+def augment_noise(images, generator=None, ratio=0.6):
+    """Unit noise times 0…ratio: hides what no eye sees, or a student fools a weak F with it (Wang et al. 2023)."""
+    noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
+    return images + _uniform(images, 0, ratio, generator) * noise
+
+
+AUGMENTATIONS = {
+    "color": augment_color, "translation": augment_translation, "cutout": augment_cutout, "noise": augment_noise,
+}  # fmt: skip
 
 
 # =====================================================================================================================

@@ -255,6 +255,17 @@ def test_cutout_by_hand(monkeypatch):
     assert asked == [(0, 1), (0, 1)]
 
 
+def test_noise_by_hand(monkeypatch):
+    """Half a unit of noise on the first image, none on the second; independent in every pixel."""
+    asked = fixed_draws(monkeypatch, [0.5, 0.0])
+    images = randn(2, 3, 64, 64)
+    added = AUGMENTATIONS["noise"](images, generator()) - images
+    assert asked == [(0, 0.6)] and (added[1] == 0).all()
+    n, x = added[0].numel(), added[0].flatten() / 0.5
+    assert abs(x.mean()) < 5 / math.sqrt(n) and abs(x.square().mean() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((x[1:] * x[:-1]).mean()) < 5 / math.sqrt(n)
+
+
 def test_cutout_multiplies_by_zero_and_one_alone():
     images = randn(64, 3, 16, 16)
     out = AUGMENTATIONS["cutout"](images, generator())

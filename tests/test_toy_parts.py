@@ -1,5 +1,6 @@
 """The toy's parts against known values: metrics, the training loop, the settings, the samplers."""
 
+import csv
 import dataclasses
 import signal
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from add import Denoiser, NoiseSchedule, Student
 from toy import features as toy_features
-from toy.data import Batches
+from toy.data import Batches, Dataset
 from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
 from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
@@ -195,6 +196,34 @@ def test_unet_depends_on_time_and_label_once_trained_and_starts_at_zero():
     assert out.shape == x.shape
     assert (network(x, t.flip(0), label) - out).abs().max() > 1e-3
     assert (network(x, t, label.flip(0)) - out).abs().max() > 1e-3
+
+
+def test_patches_are_what_the_tokens_embed():
+    torch.manual_seed(0)
+    vit, images = ViT(2, 8, patch=4, width=32, depth=1), torch.randn(3, 2, 8, 8)
+    vit.embed.weight.data.copy_(torch.eye(32).view(32, 2, 4, 4))  # each channel is a pixel of the patch
+    vit.embed.bias.data.zero_()
+    vit.position.data.zero_()
+    torch.testing.assert_close(vit.states(images)[0][:, 1:], toy_features.patches_of(images, 4))
+
+
+@pytest.mark.parametrize(
+    "objective, losses, noisy",
+    [("classify", {"class"}, 0), ("summarize", {"class", "rebuild"}, 0), ("denoise", {"class", "rebuild", "patch"}, 30)],
+)
+def test_features_learn_what_their_objective_says(tmp_path, monkeypatch, objective, losses, noisy):
+    """Every loss of the objective falls, on images that are noisy for "denoise" alone."""
+    seen, noise = [], toy_features.augment_noise
+    monkeypatch.setattr(toy_features, "augment_noise", lambda *a: seen.append(a) or noise(*a))
+    labels = torch.arange(64) % 2
+    images = (torch.tensor([20, 230])[labels].view(-1, 1, 1, 1) + torch.randint(20, (64, 1, 8, 8))).to(torch.uint8)
+    data = Dataset("two greys", images, labels, images, labels, ("dark", "bright"))
+    own = dict(features_objective=objective, features_steps=30, features_width=16, features_depth=1)
+    vit, _ = toy_features.train_vit(tmp_path, data, Settings(**own), torch.device("cpu"), "key")
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert rows[0].keys() - {"step"} == losses and len(seen) == noisy
+    assert all(float(rows[-1][name]) < 0.95 * float(rows[0][name]) for name in losses)
+    assert not vit.training and not any(p.requires_grad for p in vit.parameters())
 
 
 def test_vit_gives_a_map_for_the_embedding_and_each_block_with_the_class_token_read_out():

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from add import readout
+from add import augment_noise, readout
 from toy.data import Batches
-from toy.loop import run_loop
+from toy.loop import GeneratorState, run_loop
 from toy.networks import ViT
 
-OBJECTIVES = ("classify", "summarize", "none")
+OBJECTIVES = ("classify", "summarize", "denoise", "none")
 
 
 def make_features(folder, data, settings, device, key):
@@ -26,35 +26,52 @@ def make_features(folder, data, settings, device, key):
     return train_vit(folder, data, settings, device, key)
 
 
+def patches_of(images, patch):
+    """(B, N, C patch²): the pixels that each of a ViT's tokens stands for, in the tokens' order."""
+    return F.unfold(images, patch, stride=patch).mT
+
+
 def train_vit(folder, data, settings, device, key):
     """(ViT, seconds). Its class token learns to name the class ("classify"), or to hold the whole image, from which a
-    small decoder rebuilds it, and the class besides ("summarize"); or it stays as it was initialised ("none")."""
+    small decoder rebuilds it, and the class besides ("summarize"); the same of noisy images, each patch token giving
+    its clean patch ("denoise"): then no faint pattern moves its features; or it stays as it was initialised ("none").
+    """
     torch.manual_seed(settings.seed + 2)
     channels, size = data.train_images.shape[1], data.train_images.shape[-1]
     vit = ViT(channels, size, settings.features_patch, settings.features_width, settings.features_depth)
     classify = nn.Linear(vit.width, len(data.classes))
     rebuild = nn.Sequential(nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, channels * size**2))
-    networks = nn.ModuleList([vit, classify, rebuild]).to(device)
+    patch = nn.Linear(vit.width, channels * vit.patch**2)
+    networks = nn.ModuleList([vit, classify, rebuild, patch]).to(device)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=settings.features_steps)
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
+    generator = torch.Generator(device).manual_seed(settings.seed + 2)
+    objective = settings.features_objective
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        summary = vit.summary(images)
+        tokens = vit.states(augment_noise(images, generator) if objective == "denoise" else images)[-1]
+        summary = tokens[:, 0]
         log = {"class": F.cross_entropy(classify(summary), labels)}
         loss = log["class"]
-        if settings.features_objective == "summarize":
+        if objective in ("summarize", "denoise"):
             log["rebuild"] = F.mse_loss(rebuild(summary), images.flatten(1))
             loss = 0.1 * loss + 4 * log["rebuild"]
+        if objective == "denoise":
+            log["patch"] = F.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
+            loss = loss + 4 * log["patch"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         return {name: loss.detach() for name, loss in log.items()}
 
-    parts = {"networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches}
-    steps = 0 if settings.features_objective == "none" else settings.features_steps
+    parts = {
+        "networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches,
+        "generator": GeneratorState(generator),
+    }  # fmt: skip
+    steps = 0 if objective == "none" else settings.features_steps
     seconds = run_loop(folder, "features F", parts, step, steps, key)
     return vit.eval().requires_grad_(False), seconds
 
