@@ -8,7 +8,7 @@ from add import ddim
 from toy.data import to_float
 from toy.metrics import embed, frechet_distance, measure
 
-BATCH = 250  # images drawn at once
+BATCH = 100  # images drawn at once; on a CPU a larger batch is slower, an image
 
 
 def balanced_labels(n, classes, device):
