@@ -32,8 +32,8 @@ Departures from the paper, and choices where it is silent
     7. NFSD with several teacher steps has no published form: refused.
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
-    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), and noise
-       on what F sees (augment_noise).
+    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
+       are told s (config.condition_on_s), and noise on what F sees (augment_noise).
 """
 
 import math
@@ -230,6 +230,10 @@ class Student(nn.Module):
     def is_terminal(self, s):
         """(B,) booleans: s = τ_n, where the input holds nothing of x_0."""
         return s == self.timesteps[-1]
+
+    def one_hot(self, s):
+        """(B, n) zeros and ones: which of the n timesteps s is."""
+        return (s[:, None] == torch.tensor(self.timesteps, device=s.device)).to(self.denoiser.schedule.alpha.dtype)
 
     def diffuse(self, x_0, noise, s):
         """The student's input x_s (B, C, H, W); at τ_n the noise alone, whatever α_T: sampling starts there (§3.1)."""
@@ -553,6 +557,9 @@ class ADDConfig:
     teacher_steps: int = 1  # Table 1f tries 1, 2, 4
     space: str = "pixel"  # where d(x, y) is measured: "pixel" (§3.1), or "diffused", the space the teacher diffuses
     reduction: str = "mean"  # of d(x, y) over an image; the paper's formula is "sum" (departure 2)
+    # s one-hot, beside c_text. Heads that are not told it compare the mixture of all s with the real images: one s may
+    # then make up for what another lacks. Not in the paper.
+    condition_on_s: bool = False
     # The student's space is the teacher's; if not, its pixels are encoded again (Table 1e). Nothing can check this: the
     # latents of SD2.1 and SDXL have one shape and two meanings.
     shared_latents: bool = True
@@ -597,6 +604,7 @@ class StudentHalf:
     pixels: torch.Tensor  # x̂_θ decoded, (B, C, H, W), detached
     target: torch.Tensor  # the teacher's x̂_ψ, in pixels or in its own space (config.space)
     fake_tokens: list = field(repr=False)  # [F_k(x̂_θ)], detached: the heads' half reads them again at no cost
+    c_text: torch.Tensor | None = field(repr=False)  # with s, if config.condition_on_s
     c_img: torch.Tensor | None = field(repr=False)  # zero where s = τ_n
     log: dict = field(default_factory=dict)  # name → detached scalar
 
@@ -668,16 +676,19 @@ class ADD(nn.Module):
         x_hat = student(student.diffuse(z_0, noise, s), s, batch.cond)
         pixels = denoiser.decode(x_hat)
 
-        c_img = batch.c_img
+        c_text, c_img = batch.c_text, batch.c_img
+        if self.config.condition_on_s:
+            seen = student.one_hot(s)
+            c_text = seen if c_text is None else torch.cat([c_text, seen], dim=1)
         if c_img is not None:  # departure 5
             c_img = c_img.masked_fill(student.is_terminal(s)[:, None], 0)
         with _frozen(self.discriminator.heads):
             fake_tokens = self.discriminator.tokens(pixels, generator)
-            adversarial = hinge_student(self.discriminator(fake_tokens, batch.c_text, c_img)).mean()
+            adversarial = hinge_student(self.discriminator(fake_tokens, c_text, c_img)).mean()
         distillation, target, t = self.distill(x_hat, pixels, batch, generator)
         loss = adversarial + self.config.lambda_ * distillation.mean()
         return StudentHalf(
-            loss, s, t, pixels.detach(), target, [x.detach() for x in fake_tokens], c_img,
+            loss, s, t, pixels.detach(), target, [x.detach() for x in fake_tokens], c_text, c_img,
             {"adversarial": adversarial.detach(), "distillation": distillation.detach().mean()},
         )  # fmt: skip
 
@@ -686,7 +697,7 @@ class ADD(nn.Module):
         with torch.no_grad():
             real_tokens = self.discriminator.tokens(batch.x_0, generator)
         real_tokens = [x.detach().requires_grad_(self.config.gamma > 0) for x in real_tokens]
-        conditions = batch.c_text, student_half.c_img
+        conditions = student_half.c_text, student_half.c_img
         with parametrize.cached():  # one spectral norm for both: real and generated meet the same weights
             real_logits = self.discriminator(real_tokens, *conditions)
             fake_logits = self.discriminator(student_half.fake_tokens, *conditions)

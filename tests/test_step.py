@@ -19,6 +19,8 @@ from add import (
     weight,
 )
 from helpers import (
+    IMAGE,
+    TEXT,
     NoBackward,
     assert_refused,
     column,
@@ -480,6 +482,23 @@ def test_c_img_is_zero_at_tau_n_for_fakes_and_for_their_real_partners():
     assert len(told) == 3
     for c_text, c_img in told:
         assert torch.equal(c_text, batch.c_text) and torch.equal(c_img, half.c_img)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_heads_may_be_told_s_beside_the_text(with_text):
+    """condition_on_s: c_text, then a 1 at s's place in T_student; the same for the fakes and for their real partners."""
+    model, batch = make_add(condition_on_s=True), make_batch(32)
+    text = TEXT if with_text else 0
+    model.discriminator.heads = type(model.discriminator.heads)([4, 6], text_dim=text + 4, image_dim=IMAGE, hidden=5).double()
+    batch.c_text = batch.c_text if with_text else None
+    told, heads = [], model.discriminator.heads.forward
+    model.discriminator.heads.forward = lambda *inputs: told.append(inputs[1]) or heads(*inputs)
+    half = model.step(batch, *optimizers(model), generator())
+    assert half.s.unique().tolist() == [249, 499, 749, 999] and len(told) == 3
+    for c in told:
+        assert c.shape == (32, text + 4) and (not with_text or torch.equal(c[:, :TEXT], batch.c_text))
+        assert c[:, text:].argmax(1).tolist() == [[249, 499, 749, 999].index(s) for s in half.s]
+        assert (c[:, text:].sum(1) == 1).all() and (c[:, text:] >= 0).all()
 
 
 def test_a_step_without_conditions():

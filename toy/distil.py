@@ -19,9 +19,10 @@ def build_add(teacher, features, classes, settings, device):
     student = Student(
         copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share
     ).requires_grad_(True)
+    c_text, c_s = settings.distil_c_text, settings.distil_c_s
     heads = DiscriminatorHeads(
         [features.width] * features.levels,
-        text_dim=classes if settings.distil_c_text else 0,
+        text_dim=classes * c_text + len(settings.distil_timesteps) * c_s,
         image_dim=features.width if settings.distil_c_img else 0,
         hidden=settings.distil_head_width,
         kernel=settings.distil_head_kernel,
@@ -34,6 +35,7 @@ def build_add(teacher, features, classes, settings, device):
         weight=settings.distil_weight,
         guidance=settings.distil_guidance,
         teacher_steps=settings.distil_teacher_steps,
+        condition_on_s=c_s,
     )
     return ADD(student, teacher, Discriminator(features, heads, settings.distil_augment), config).to(device).train()
 

@@ -62,6 +62,7 @@ class Settings:
     distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target")
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
+    distil_c_s: bool = option(True, "condition the heads on the student's timestep s (not in the paper)")
     distil_augment: tuple[str, ...] = option(("noise",), "DiffAugment before F: color, translation, cutout, noise")
     distil_head_width: int = option(32, "channels inside a head")
     distil_head_kernel: int = option(9, "taps of a head's circular convolution")
