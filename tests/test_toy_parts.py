@@ -15,7 +15,8 @@ from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
 from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT
-from toy.settings import PRESETS, STAGES, Settings, from_dict, stage_key
+from flags import from_dict
+from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.teacher import Standardize, training_target
 
 # Metrics -------------------------------------------------------------------------------------------------------------
@@ -165,9 +166,9 @@ def test_other_data_does_everything_again():
 def test_settings_survive_json_and_unknown_ones_are_refused():
     settings = Settings(**PRESETS["tiny"])
     as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    assert from_dict(as_json) == settings
+    assert from_dict(Settings, as_json) == settings
     with pytest.raises(ValueError, match="unknown setting teacher_stepz"):
-        from_dict({"teacher_stepz": 1})
+        from_dict(Settings, {"teacher_stepz": 1})
 
 
 # Networks and samplers -----------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
-from toy import settings as toy_settings
+from flags import from_dict
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
+from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
 
@@ -101,7 +102,7 @@ def load_student(folder):
     if not path.exists():
         raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
     state = load(path)
-    settings, classes = toy_settings.from_dict(state["settings"]), tuple(state["classes"])
+    settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
     denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
     denoiser.network.load_state_dict(state["network"])
     return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flags import add_flags, from_dict
 from toy import data as datasets
 from toy import loop, pictures, report
 from toy.distil import distil
 from toy.evaluate import evaluate
 from toy.features import make_features
 from toy.metrics import train_metric_net
-from toy.settings import PRESETS, Settings, add_flags, from_dict, stage_key
+from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import train_teacher
 
 
@@ -42,7 +43,7 @@ def parse_arguments(argv):
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, with its settings")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_flags(parser.add_argument_group("settings (what is not given comes from the preset)"))
+    add_flags(parser.add_argument_group("settings (what is not given comes from the preset)"), Settings, "cpu preset")
     arguments = parser.parse_args(argv)
     own = {"preset", "device", "out", "resume", "threads", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
@@ -67,7 +68,7 @@ def configure(arguments, given, device):
         if not config.exists():
             raise ValueError(f"--resume: there is no run in {folder}; name its folder with --out, or leave --resume out")
         stored = json.loads(config.read_text())
-        preset, settings = stored["preset"], from_dict(stored["settings"] | given)
+        preset, settings = stored["preset"], from_dict(Settings, stored["settings"] | given)
     return settings, preset, folder
 
 

@@ -4,17 +4,12 @@ A setting belongs to the stage whose name it starts with: stage_key() names what
 stage is done again exactly when one of its own settings, its data or an earlier stage has changed.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-
-def option(default, help):
-    """A dataclass field with a default and the text that --help shows."""
-    return field(default=default, metadata={"help": help})
+from flags import flag, option
 
 
 @dataclass(frozen=True)
@@ -119,51 +114,3 @@ def stage_key(settings, stage, fingerprint):
         own = {"fingerprint": fingerprint, "seed": settings.seed}
     text = json.dumps([own, [stage_key(settings, parent, fingerprint) for parent in parents]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def flag(name):
-    """teacher_lr → teacher-lr."""
-    return name.replace("_", "-")
-
-
-def _parser_for(annotation):
-    """Text → value of a field's type; tuples are comma-separated, booleans are true or false."""
-    if annotation is bool:
-        return lambda text: {"true": True, "false": False}[text.lower()]
-    if typing.get_origin(annotation) is tuple:
-        item = typing.get_args(annotation)[0]
-        return lambda text: tuple(item(part) for part in text.split(",") if part)
-    return annotation
-
-
-def _show(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
-
-
-def add_flags(parser):
-    """One flag for each setting, without a default: what is not given comes from the preset."""
-    hints = typing.get_type_hints(Settings)
-    for f in dataclasses.fields(Settings):
-        convert = _parser_for(hints[f.name])
-
-        def parse(text, convert=convert):
-            try:
-                return convert(text)
-            except (ValueError, KeyError):
-                raise argparse.ArgumentTypeError(f"{text!r} is not valid here") from None
-
-        help = f"{f.metadata['help']} (cpu preset: {_show(f.default) if f.default != () else 'none'})"
-        parser.add_argument(f"--{flag(f.name)}", type=parse, default=argparse.SUPPRESS, metavar="X", help=help)
-
-
-def from_dict(values):
-    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting."""
-    known = {f.name for f in dataclasses.fields(Settings)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; was this folder written by another version?")
-    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

@@ -1,0 +1,63 @@
+"""A frozen dataclass of settings is the defaults, the command line, --help, config.json and the header of a log: what
+toy/ and full/ both need to make it so."""
+
+import argparse
+import dataclasses
+import typing
+
+
+def option(default, help, choices=()):
+    """A dataclass field with a default, the text that --help shows, and the values that are allowed (none: any)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def flag(name):
+    """teacher_lr → teacher-lr."""
+    return name.replace("_", "-")
+
+
+def check_choices(settings):
+    """ValueError if a field has a value outside its choices."""
+    for f in dataclasses.fields(settings):
+        choices, value = f.metadata.get("choices"), getattr(settings, f.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{flag(f.name)} {value}: unknown; choose one of {', '.join(map(str, choices))}")
+
+
+def _parser_for(annotation):
+    """Text → value of a field's type; tuples are comma-separated, booleans are true or false."""
+    if annotation is bool:
+        return lambda text: {"true": True, "false": False}[text.lower()]
+    if typing.get_origin(annotation) is tuple:
+        item = typing.get_args(annotation)[0]
+        return lambda text: tuple(item(part) for part in text.split(",") if part)
+    return annotation
+
+
+def show(value):
+    """A value as one types it after its flag."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def add_flags(parser, settings_class, default="default"):
+    """One flag for each setting, absent unless given: what is not given comes from the defaults or a preset."""
+    hints = typing.get_type_hints(settings_class)
+    for f in dataclasses.fields(settings_class):
+        convert = _parser_for(hints[f.name])
+
+        def parse(text, convert=convert):
+            try:
+                return convert(text)
+            except (ValueError, KeyError):
+                raise argparse.ArgumentTypeError(f"{text!r} is not valid here") from None
+
+        help = f"{f.metadata['help']} ({default}: {show(f.default) if f.default not in ((), '') else 'none'})".replace("%", "%%")
+        parser.add_argument(f"--{flag(f.name)}", type=parse, default=argparse.SUPPRESS, metavar="X", help=help)
+
+
+def from_dict(settings_class, values):
+    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting."""
+    known = {f.name for f in dataclasses.fields(settings_class)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown setting {', '.join(unknown)}; was this folder written by another version?")
+    return settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
