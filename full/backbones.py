@@ -1,0 +1,195 @@
+"""Stable Diffusion as add.py sees it: diffusers' U-Nets, VAEs and text encoders behind add.Denoiser. No method here."""
+
+import copy
+import os
+
+import torch
+from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from add import Denoiser, NoiseSchedule
+from full.settings import from_name
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}  # diffusers' names → add.py's
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+TINY_DECODERS = {False: "madebyollin/taesd", True: "madebyollin/taesdxl"}  # by "is it SDXL?"
+
+
+class BackboneError(ValueError):
+    """A checkpoint that cannot be had or used; the message is one line."""
+
+
+def one_line(error):
+    """The first line of a library's message, without its full stop."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+class Float32Conv2d(nn.Conv2d):
+    """The U-Net's last layer: ε is not rounded to half precision, for x̂_0 has 14.6 times its error at t = 999."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+
+
+class UNet(nn.Module):
+    """network(x_t, t, cond) for add.Denoiser; cond is a dict of tensors, the U-Net's own keyword arguments."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.dtype = unet, unet.dtype
+        unet.conv_out.__class__ = Float32Conv2d  # the same parameters under the same names
+
+    def forward(self, x_t, t, cond):
+        cond = {
+            k: {n: v.to(self.dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(self.dtype)
+            for k, c in cond.items()
+        }
+        return self.unet(x_t.to(self.dtype), t, **cond, return_dict=False)[0]
+
+
+class Latents:
+    """Pixels (B, 3, H, W) in [-1, 1] ↔ scaled latents (B, 4, H/8, W/8), both float32; the VAE works in its own dtype.
+
+    The decoder may be another network (TAESD) that reads the same latents.
+    """
+
+    def __init__(self, vae, decoder=None):
+        self.vae, self.decoder = vae, decoder or vae
+        self.shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def encode(self, pixels):
+        """The posterior's mean: its spread is a hundredth of a latent's deviation."""
+        z = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().float()
+        return (z - self.shift) * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        shift = self.shift if self.decoder is self.vae else 0.0
+        z = z / self.decoder.config.scaling_factor + shift  # a tiny decoder has factor 1: it reads scaled latents
+        return self.decoder.decode(z.to(self.decoder.dtype)).sample.float()
+
+
+class Backbone:
+    """A text-to-image checkpoint: its parts, frozen and in one dtype, and the conditions that its U-Net takes."""
+
+    def __init__(self, name, dtype, device, variant=""):
+        self.name, self.path, self.device = name, from_name(name), device
+        try:
+            config = DiffusionPipeline.load_config(self.path)
+        except (OSError, ValueError) as error:
+            raise BackboneError(
+                f"{name}: no diffusers pipeline there, as folder or hub repository ({one_line(error)})"
+            ) from error
+        if config.get("_class_name") not in PIPELINES:
+            raise BackboneError(f"{name}: is a {config.get('_class_name')}; this code distils {' and '.join(PIPELINES)}")
+        self.is_xl = config["_class_name"] == PIPELINES[1]
+        self.extra = {} if self.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+        self.extra |= {"variant": variant} if variant else {}
+        try:
+            # Always with a dtype: without one the parts come in several.
+            self.pipe = DiffusionPipeline.from_pretrained(self.path, dtype=dtype, **self.extra)
+        except (OSError, ValueError, KeyError) as error:
+            raise BackboneError(f"{name}: cannot be loaded ({one_line(error)})") from error
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval().to(device)
+        scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        self.scheduler_config = scheduler.config
+        self.schedule = NoiseSchedule(scheduler.alphas_cumprod.float()).to(device)
+        self.prediction = PREDICTIONS[scheduler.config.prediction_type]
+
+    # Conditions ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """The U-Net's keyword arguments for a list of B prompts, as the pipeline itself makes them."""
+        embeds, _, *pooled = self.pipe.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        cond = {"encoder_hidden_states": embeds}
+        return cond | {"added_cond_kwargs": {"text_embeds": pooled[0]}} if self.is_xl else cond
+
+    def null(self, n):
+        """∅ for n samples, as the pipeline's guidance has it: SDXL takes zeros, the others the empty prompt."""
+        cond = self.text([""] * n)
+        if self.is_xl and self.pipe.config.force_zeros_for_empty_prompt:
+            cond["encoder_hidden_states"] = torch.zeros_like(cond["encoder_hidden_states"])
+            cond["added_cond_kwargs"]["text_embeds"] = torch.zeros_like(cond["added_cond_kwargs"]["text_embeds"])
+        return cond
+
+    def with_sizes(self, cond, sizes):
+        """SDXL's size and crop conditions added: sizes (B, 6), original height and width, top, left, target."""
+        if self.is_xl:
+            cond["added_cond_kwargs"]["time_ids"] = sizes.to(self.device, cond["encoder_hidden_states"].dtype)
+        return cond
+
+    # Parts for add.py ------------------------------------------------------------------------------------------------
+
+    def load_student_unet(self, settings):
+        """A trainable U-Net in float32: the checkpoint's, or of the same shape and random; with LoRA if asked for."""
+        if settings.init == "random":
+            unet = UNet2DConditionModel.from_config(self.pipe.unet.config)
+        else:
+            variant = {"variant": settings.variant} if settings.variant else {}
+            unet = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=torch.float32, **variant)
+        unet.register_to_config(sample_size=settings.resolution // 8)  # what the saved pipeline draws by default
+        if settings.lora_rank:
+            from peft import LoraConfig
+
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            unet.requires_grad_(False)
+            unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets))
+        if settings.checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def load_latents(self, settings):
+        """Latents of this backbone, with the decoder that settings.vae names."""
+        vae, decoder = self.pipe.vae, None
+        if settings.vae != "kl":
+            path = TINY_DECODERS[self.is_xl] if settings.vae == "taesd" else settings.vae
+            try:
+                decoder = AutoencoderTiny.from_pretrained(path, dtype=vae.dtype)
+            except (OSError, ValueError) as error:
+                raise BackboneError(f"--vae {settings.vae}: no tiny decoder there ({one_line(error)})") from error
+            decoder.requires_grad_(False).eval().to(self.device)
+        for network in filter(None, (vae, decoder)):
+            if settings.checkpointing:
+                network.enable_gradient_checkpointing()
+            if settings.vae_slicing:
+                network.enable_slicing()
+        return Latents(vae, decoder)
+
+
+def make_teacher(backbone, latents):
+    """add.Denoiser around a frozen U-Net, on the schedule that it was trained with."""
+    network = UNet(backbone.pipe.unet)
+    return Denoiser(network, backbone.schedule, backbone.prediction, latents.encode, latents.decode)
+
+
+def make_student_denoiser(backbone, latents, settings):
+    """add.Denoiser around the trainable U-Net. An ε-network keeps its schedule, a v-network gets zero terminal SNR."""
+    schedule = copy.deepcopy(backbone.schedule)
+    rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and backbone.prediction == "v")
+    if rescale and not schedule.has_zero_terminal_snr:
+        schedule = schedule.zero_terminal_snr()
+    network = UNet(backbone.load_student_unet(settings)).to(backbone.device)
+    return Denoiser(network, schedule, backbone.prediction, latents.encode, latents.decode)
+
+
+def same_latents(a, b):
+    """Whether two backbones diffuse the same latents: their VAEs' encoders and scales are equal, weight by weight."""
+    if os.path.realpath(a.path) == os.path.realpath(b.path):
+        return True
+    scale = [(x.pipe.vae.config.scaling_factor, getattr(x.pipe.vae.config, "shift_factor", None)) for x in (a, b)]
+    x, y = (backbone.pipe.vae.encoder.state_dict() for backbone in (a, b))
+    return scale[0] == scale[1] and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def collate_conditions(conditions):
+    """Rows of several conditions one after the other, (B_1 + B_2 + …): for a batch that is made of parts."""
+    first = conditions[0]
+    if isinstance(first, dict):
+        return {k: collate_conditions([c[k] for c in conditions]) for k in first}
+    return torch.cat(conditions)

