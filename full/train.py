@@ -1,0 +1,363 @@
+"""Trains add.ADD on Stable Diffusion with accelerate: one process, DDP, or FSDP2; checkpoints, log, validation.
+
+The student is what accelerate prepares, and what FSDP2 may shard. The heads are small: every process has all of them and
+their gradients are averaged by hand, for under FSDP2 R1's second backward would meet freed or stale weights.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.checkpoint import state_dict as dcp
+from tqdm import tqdm
+
+from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from full import backbones, data, export, pictures
+from full.features import TextFeatures, VisionTransformer, load_vit
+from full.settings import NFSD_NEGATIVE
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KEEP = 2  # checkpoints
+
+
+class TrainingError(Exception):
+    """A run that cannot start or go on; the message is one line."""
+
+
+def make_accelerator(settings, folder):
+    """accelerate's Accelerator. TrainingError where bf16 or the processes asked for are not to be had."""
+    if settings.precision == "bf16" and not torch.cuda.is_available():
+        raise TrainingError("--precision bf16: needs a CUDA GPU, and none is here; --precision fp32 runs anywhere, slowly")
+    accelerator = Accelerator(
+        mixed_precision={"bf16": "bf16", "fp32": "no"}[settings.precision],
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:  # some launches start several processes that each think they are alone
+        raise TrainingError(
+            f"{asked} processes were launched and each is alone; without GPUs set ACCELERATE_USE_CPU=true and use torchrun"
+        )
+    return accelerator
+
+
+def repeat(cond, n):
+    """A condition of one sample, for n."""
+    return {k: repeat(c, n) for k, c in cond.items()} if isinstance(cond, dict) else cond.expand(n, *cond.shape[1:])
+
+
+class Ema:
+    """Moving average of the trainable parameters, shards included. decay 0: the parameters themselves."""
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay = parameters, decay
+        self.shadows = [p.detach().clone() for p in parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # the first steps are soon forgotten
+        for shadow, p in zip(self.shadows, self.parameters if self.decay else [], strict=True):
+            shadow.lerp_(p, 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self):
+        """Inside, the network has the average and this has the network's parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for shadow, p in zip(self.shadows, self.parameters if self.decay else [], strict=True):
+            kept = p.detach().clone()
+            p.copy_(shadow)
+            shadow.copy_(kept)
+
+
+class Trainer:
+    """All that a run has: networks, optimisers, average, data, step."""
+
+    def __init__(self, settings, accelerator, folder):
+        self.settings, self.accelerator, self.folder, self.step = settings, accelerator, folder, 0
+        self.device, rank = accelerator.device, accelerator.process_index
+        frozen = DTYPES[settings.precision]
+        self.loader = data.make_loader(settings, rank, accelerator.num_processes)  # first: mistakes there are cheap
+        torch.manual_seed(settings.seed)
+
+        self.backbone = backbones.Backbone(settings.backbone, frozen, self.device, settings.variant)
+        latents = self.backbone.load_latents(settings)
+        self.teacher_backbone, teacher_latents, shared = self.backbone, latents, True
+        if settings.teacher and settings.teacher != settings.backbone:
+            self.teacher_backbone = backbones.Backbone(settings.teacher, frozen, self.device, settings.variant)
+            teacher_latents = self.teacher_backbone.load_latents(settings)
+            shared = backbones.same_latents(self.backbone, self.teacher_backbone)
+        student = Student(
+            backbones.make_student_denoiser(self.backbone, latents, settings), settings.timesteps, settings.terminal_share or None
+        )
+        teacher = backbones.make_teacher(self.teacher_backbone, teacher_latents)
+        if settings.compile:
+            student.denoiser.network.compile()
+            teacher.network.compile()
+        self.add = ADD(student, teacher, self._make_discriminator(frozen), self._make_config(shared)).to(self.device).train()
+
+        network = student.denoiser.network
+        trained = [p for p in network.parameters() if p.requires_grad]
+        betas = (settings.beta1, 0.99)
+        kind = torch.optim.AdamW
+        if settings.optimizer == "adamw8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit as kind
+            except ImportError as error:
+                raise TrainingError("--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes") from error
+        optimizer = kind(trained, lr=settings.student_lr, betas=betas, weight_decay=settings.weight_decay)
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        student.denoiser.network = self.network
+        self.sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.ema = Ema(self.trained, settings.ema)
+
+        heads = self.add.discriminator.heads
+        if accelerator.num_processes > 1:
+            for tensor in (*heads.parameters(), *heads.buffers()):
+                torch.distributed.broadcast(tensor.data, 0)
+        self.heads_optimizer = torch.optim.Adam(heads.parameters(), lr=settings.heads_lr, betas=betas)
+        torch.manual_seed(settings.seed * 100_003 + rank)  # F's crops
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed * 100_003 + rank)
+        self.skipped, self.batches = 0, None
+
+    def _make_discriminator(self, dtype):
+        settings, crop = self.settings, self.settings.features_crop
+        features = VisionTransformer(load_vit(settings.features, dtype, "features"), settings.features_size, crop)
+        self.text_features = self.image_features = None
+        if settings.c_text != "none":
+            self.text_features = TextFeatures(settings.c_text, dtype, self.device)
+        if settings.c_img != "none":
+            self.image_features = VisionTransformer(load_vit(settings.c_img, dtype, "c-img"), what="c-img").to(self.device)
+        heads = DiscriminatorHeads(
+            [features.width] * len(features.levels),
+            text_dim=(self.text_features.width if self.text_features else 0) + len(settings.timesteps) * settings.condition_on_s,
+            image_dim=self.image_features.width if self.image_features else 0,
+            hidden=settings.head_width or None,
+        )
+        return Discriminator(features, heads, settings.augment)
+
+    def _make_config(self, shared):
+        s = self.settings
+        return ADDConfig(
+            lambda_=s.lambda_, gamma=s.gamma, weight=s.weight, teacher_steps=s.teacher_steps, shared_latents=shared,
+            guidance=s.guidance[0] if len(s.guidance) == 1 else s.guidance, condition_on_s=s.condition_on_s,
+            space={"pixel": "pixel", "latent": "diffused"}[s.space],
+        )  # fmt: skip
+
+    # One iteration ---------------------------------------------------------------------------------------------------
+
+    def make_batch(self, raw):
+        """add.Batch of what the loader gives: every network's own conditions."""
+        images, captions, sizes = raw["image"].to(self.device), raw["caption"], raw["sizes"]
+        n, teacher = len(images), self.teacher_backbone
+        batch = Batch(images, self.backbone.with_sizes(self.backbone.text(captions), sizes))
+        if teacher is not self.backbone:
+            batch.teacher_cond = teacher.with_sizes(teacher.text(captions), sizes)
+        if self.settings.guidance != (1.0,) or self.settings.weight == "nfsd":
+            batch.null_cond = teacher.with_sizes(repeat(teacher.null(1), n), sizes)
+        if self.settings.weight == "nfsd":
+            batch.negative_cond = teacher.with_sizes(repeat(teacher.text([NFSD_NEGATIVE]), n), sizes)
+        batch.c_text = self.text_features(captions) if self.text_features else None
+        batch.c_img = self.image_features.summary(images) if self.image_features else None
+        return batch
+
+    def iteration(self, batches):
+        """One step of both optimisers on a list of micro-batches; the log's tensors, and the last student's half."""
+        settings, accelerator, heads = self.settings, self.accelerator, self.add.discriminator.heads
+        logs = []
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.network):
+                half = self.add.student_half(batch, self.generator)
+                accelerator.backward(half.loss / len(batches))
+            loss, log = self.add.discriminator_half(batch, half, self.generator)
+            (loss / len(batches)).backward()
+            logs.append(half.log | log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()})
+        self.average_heads()
+        norm = accelerator.clip_grad_norm_(self.trained, settings.clip or math.inf)
+        rise = min(1.0, (self.step + 1) / max(1, settings.warm_up))
+        for optimizer, lr in ((self.optimizer, settings.student_lr), (self.heads_optimizer, settings.heads_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rise
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.step)
+        log = {name: torch.stack([x[name].float() for x in logs]).mean() for name in logs[0]}
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return log | {"gradient_norm": torch.as_tensor(norm, device=self.device).detach()}, half
+
+    def average_heads(self):
+        """The heads' gradients, averaged over the processes in one message."""
+        if self.accelerator.num_processes > 1:
+            gradients = [p.grad for p in self.add.discriminator.heads.parameters()]
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(part.view_as(g))
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def network_state(self):
+        """The trainable parameters, whole and on the CPU; every process calls it, the first one has them."""
+        if self.sharded:
+            options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return dcp.get_model_state_dict(self.network, options=options)
+        unwrapped = self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+        return {k: p.detach().cpu() for k, p in unwrapped.named_parameters() if p.requires_grad}
+
+    def load_network_state(self, state):
+        if self.sharded:
+            options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+            dcp.set_model_state_dict(self.network, state, options=options)
+        else:
+            unwrapped = self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+            unwrapped.load_state_dict(state, strict=False)
+
+    def _optimizer_options(self):
+        return dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def save(self):
+        """folder/checkpoints/step_…: complete, or not there under that name; the last KEEP stay."""
+        accelerator, target = self.accelerator, self.folder / "checkpoints" / f"step_{self.step:07d}"
+        temporary = target.with_suffix(".tmp")
+        network = self.network_state()
+        with self.ema.swapped():
+            average = self.network_state()
+        inner = self.optimizer.optimizer
+        if self.sharded:
+            optimizer = dcp.get_optimizer_state_dict(self.network, inner, options=self._optimizer_options())
+        else:
+            optimizer = inner.state_dict()
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            torch.save({
+                "step": self.step, "processes": accelerator.num_processes, "network": network, "average": average,
+                "optimizer": optimizer, "heads": self.add.discriminator.heads.state_dict(),
+                "heads_optimizer": self.heads_optimizer.state_dict(),
+            }, temporary / "training.pt")  # fmt: skip
+        accelerator.wait_for_everyone()
+        own = {"data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(), "skipped": self.skipped}
+        torch.save(own, temporary / f"process_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for old in sorted(target.parent.glob("step_*[0-9]"))[:-KEEP]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def resume(self, where):
+        """Go on from a checkpoint folder, or from the last one ("auto"; none there: from the start)."""
+        if where == "auto":
+            found = sorted((self.folder / "checkpoints").glob("step_*[0-9]"))
+            if not found:
+                return
+            where = found[-1]
+        where, accelerator = Path(where), self.accelerator
+        try:
+            state = torch.load(where / "training.pt", map_location="cpu", weights_only=True)
+            if state["processes"] != accelerator.num_processes:
+                raise TrainingError(
+                    f"--resume {where}: written by {state['processes']} processes, this run has {accelerator.num_processes}; start as many"
+                )
+            own = torch.load(where / f"process_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise TrainingError(f"--resume {where}: no checkpoint there ({error})") from error
+        self.load_network_state(state["average"])
+        for shadow, p in zip(self.ema.shadows, self.trained if self.ema.decay else [], strict=True):
+            shadow.copy_(p.detach())
+        self.load_network_state(state["network"])
+        inner = self.optimizer.optimizer
+        if self.sharded:
+            dcp.set_optimizer_state_dict(self.network, inner, state["optimizer"], options=self._optimizer_options())
+        else:
+            inner.load_state_dict(state["optimizer"])
+        self.add.discriminator.heads.load_state_dict(state["heads"])
+        self.heads_optimizer.load_state_dict(state["heads_optimizer"])
+        self.loader.load_state_dict(own["data"])
+        self.generator.set_state(own["generator"])
+        torch.set_rng_state(own["torch"])
+        self.step, self.skipped = state["step"], own["skipped"]
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def raw_batches(self):
+        if self.batches is None:
+            self.batches = iter(self.loader)
+        return [next(self.batches) for _ in range(self.settings.accumulate)]
+
+    def validate(self, half, batch):
+        """Grids of the validation prompts in 1, 2 and 4 steps with the average, and of the reconstruction targets."""
+        with self.ema.swapped(), torch.no_grad():
+            grids = pictures.validation(self.add.student, self.backbone, self.settings)
+        grids["targets"] = pictures.targets(batch, half, self.add.teacher, self.settings)
+        if self.accelerator.is_main_process:
+            pictures.write(grids, self.folder / "pictures", self.step)
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({name: [image] if tracker.name == "wandb" else image[None] for name, image in grids.items()}, step=self.step)
+
+    def run(self):
+        """Train to settings.steps, then write the pipeline; returns its folder. KeyboardInterrupt after saving."""
+        settings, accelerator, main = self.settings, self.accelerator, self.accelerator.is_main_process
+        stopped = []
+        previous = {n: signal.signal(n, lambda number, frame: stopped.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(initial=self.step, total=settings.steps, desc="ADD", disable=not main, smoothing=0.05)
+        began, images = time.time(), 0
+        try:
+            while self.step < settings.steps:
+                raw = self.raw_batches()
+                self.skipped += sum(r["skipped"] for r in raw)
+                batches = [self.make_batch(r) for r in raw]
+                log, half = self.iteration(batches)
+                images += settings.batch * settings.accumulate * accelerator.num_processes
+                bar.update()
+                if self.step % settings.log_every == 0 or self.step == settings.steps:
+                    row = {k: accelerator.reduce(v, "mean").item() for k, v in log.items()}
+                    if bad := [k for k, v in row.items() if not math.isfinite(v)]:
+                        raise TrainingError(f"step {self.step}: {', '.join(bad)} is not finite; the last checkpoint is from before")
+                    row |= {"images_per_second": images / (time.time() - began), "skipped": self.skipped}
+                    if self.device.type == "cuda":
+                        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                    began, images = time.time(), 0
+                    if main:
+                        with open(self.folder / "log.jsonl", "a") as file:
+                            file.write(json.dumps({"step": self.step} | row) + "\n")
+                        accelerator.log(row, step=self.step)
+                        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("adversarial", "distillation", "hinge", "images_per_second")})
+                if settings.validate_every and self.step % settings.validate_every == 0:
+                    self.validate(half, batches[-1])
+                stop = bool(accelerator.reduce(torch.tensor(float(len(stopped)), device=self.device), "sum"))
+                if stop or self.step % settings.save_every == 0 or self.step == settings.steps:
+                    self.save()
+                if stop and self.step < settings.steps:
+                    raise KeyboardInterrupt
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        with self.ema.swapped():
+            state = self.network_state()
+        folder = self.folder / "pipeline"
+        if main:
+            export.save_pipeline(folder, self.backbone, copy.deepcopy(state), settings)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return folder
