@@ -312,7 +312,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             pictures.write(grids, self.folder / "pictures", self.step)
             for tracker in self.accelerator.trackers:
-                tracker.log_images({name: [image] if tracker.name == "wandb" else image[None] for name, image in grids.items()}, step=self.step)
+                if tracker.name == "wandb":
+                    tracker.log_images({name: [image] for name, image in grids.items()}, step=self.step)
+                else:
+                    batches = {name: image[None] for name, image in grids.items()}
+                    tracker.log_images(batches, step=self.step, dataformats="NHWC")
 
     def run(self):
         """Train to settings.steps, then write the pipeline; returns its folder. KeyboardInterrupt after saving."""
