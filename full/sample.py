@@ -1,0 +1,110 @@
+"""Draw from a distilled pipeline: python full/sample.py --pipeline DIR --prompt "a fox" --steps 1 --out samples
+
+Writes 0000.png, 0001.png, … and metadata.jsonl with the prompt of each. With --image, image-to-image from a file.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="full/sample.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", default="", help="a file of prompts, one a line")
+    parser.add_argument("--steps", type=int, default=1, help="network evaluations an image (default: 1)")
+    parser.add_argument("--count", type=int, default=1, help="images of each prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; each further one adds 1 (default: 0)")
+    parser.add_argument("--image", type=Path, help="start from this image instead of from noise")
+    parser.add_argument("--strength", type=float, default=0.5, help="how much of --image is redrawn, in (0, 1] (default: 0.5)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
+    parser.add_argument("--device", help="default: cuda if it is there, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of the images (default: samples)")
+    return parser.parse_args(argv)
+
+
+def timesteps_of(folder, steps):
+    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json tells), else None."""
+    from full.export import is_evenly_spaced
+
+    path = Path(folder) / "add.json"
+    if not path.exists() or is_evenly_spaced(trained := json.loads(path.read_text())["timesteps"]):
+        return None
+    n = len(trained)
+    return [trained[n - 1 - i * n // steps] for i in range(steps)]
+
+
+def sample(arguments):
+    """Write the images; returns their paths. ValueError for what cannot be."""
+    import torch
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
+    from PIL import Image
+
+    from full.backbones import one_line
+    from full.pictures import read_prompts
+
+    prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
+    if not prompts:
+        raise ValueError("--prompt: none given; give one, or a file of them with --prompts")
+    if arguments.steps < 1 or arguments.count < 1:
+        raise ValueError(f"--steps {arguments.steps}, --count {arguments.count}: must be at least 1")
+    if not 0 < arguments.strength <= 1:
+        raise ValueError(f"--strength {arguments.strength}: must be within (0, 1]")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    kind = AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image
+    try:
+        pipe = kind.from_pretrained(arguments.pipeline, dtype=dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--pipeline {arguments.pipeline}: cannot be loaded ({one_line(error)})") from error
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
+    if trained and arguments.steps > trained:
+        raise ValueError(f"--steps {arguments.steps}: this student was trained for 1…{trained} steps")
+    call = {"num_inference_steps": arguments.steps, "guidance_scale": 0.0}
+    if custom := timesteps_of(arguments.pipeline, arguments.steps):
+        call = {"timesteps": custom, "guidance_scale": 0.0}
+    if arguments.image:
+        try:
+            image = Image.open(arguments.image).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"--image {arguments.image}: cannot be read ({error})") from error
+        call |= {"image": image, "strength": arguments.strength}
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with open(arguments.out / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        for prompt in prompts:
+            for _ in range(arguments.count):
+                number = len(paths)
+                generator = torch.Generator(device).manual_seed(arguments.seed + number)
+                picture = pipe(prompt, generator=generator, **call).images[0]
+                paths.append(arguments.out / f"{number:04d}.png")
+                picture.save(paths[-1])
+                record = {"file_name": paths[-1].name, "text": prompt, "seed": arguments.seed + number, "steps": arguments.steps}
+                metadata.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return paths
+
+
+def main(argv=None):
+    """Exit codes: 0 done, 2 a user's mistake (one line says which)."""
+    arguments = parse_arguments(argv)
+    try:
+        paths = sample(arguments)
+    except ValueError as error:
+        print(f"full/sample.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(paths)} images: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

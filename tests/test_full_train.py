@@ -1,0 +1,187 @@
+"""full/run.py on tiny checkpoints, through the real loading code: every backbone, mixed pairs, LoRA, resume, and the
+saved pipeline against add.py's own sampler."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_checkpoints as tiny
+import torch
+from diffusers import AutoPipelineForText2Image
+
+from full import run, sample
+from full.backbones import Backbone, make_student_denoiser
+from full.settings import Settings
+from flags import from_dict
+from add import Student
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folder of tiny checkpoints and data."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tiny.write_sd(root / "sd15")
+    tiny.write_sd(root / "v", "v_prediction", seed=5, width=48)
+    tiny.write_sdxl(root / "sdxl", seed=9)
+    tiny.write_dino(root / "dino")
+    tiny.write_dino(root / "dino-large", width=32, seed=1)
+    tiny.write_open_clip(root / "clip")
+    tiny.write_taesd(root / "taesd")
+    tiny.write_images(root / "images")
+    return root
+
+
+def flags(root, out, backbone="sd15", **settings):
+    """The command line of a short run; values None leave a flag out."""
+    defaults = dict(
+        backbone=root / backbone, features=root / "dino", c_img=root / "dino-large", c_text=root / "clip",
+        data=root / "images", resolution=64, batch=4, steps=2, precision="fp32", workers=0, validate_every=0, log_every=1,
+        save_dtype="fp32", tracker="none", student_lr=1e-3,
+    )  # fmt: skip
+    pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in (defaults | settings).items() if v is not None]
+    return ["--out", str(out), *(text for pair in pairs for text in pair)]
+
+
+def train(root, out, *more, **settings):
+    assert run.main([*flags(root, out, **settings), "--debug", *more]) == 0
+    return out / "pipeline"
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(pipeline):
+    from safetensors.torch import load_file
+
+    return load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same_image_as_our_sampler(pipeline, out, steps, timesteps=None):
+    """The pipeline's latents and Student.sample's, from the same noise and the same generator's state."""
+    settings = from_dict(Settings, json.loads((out / "config.json").read_text())["settings"])
+    pipe = AutoPipelineForText2Image.from_pretrained(pipeline, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"timesteps": timesteps} if timesteps else {"num_inference_steps": steps}
+    theirs = pipe("colours", guidance_scale=0.0, output_type="latent", generator=torch.Generator().manual_seed(3), **call).images
+
+    backbone = Backbone(str(pipeline), torch.float32, torch.device("cpu"))
+    latents = backbone.load_latents(settings)
+    student = Student(make_student_denoiser(backbone, latents, settings), settings.timesteps)
+    student.denoiser.decode = lambda z: z
+    cond = backbone.with_sizes(backbone.text(["colours"]), torch.tensor([[64, 64, 0, 0, 64, 64]]))
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    ours = student.sample(noise, cond, steps, generator=generator)
+    scale = backbone.pipe.vae.config.scaling_factor
+    assert ours.abs().max() > 1
+    assert torch.allclose(theirs, ours, atol=3e-4 * float(ours.abs().max())), (theirs - ours).abs().max()
+    return scale
+
+
+@pytest.mark.parametrize("backbone", ["sd15", "v", "sdxl"])
+def test_each_backbone_trains_and_its_pipeline_samples_as_add_does(checkpoints, tmp_path, backbone):
+    pipeline = train(checkpoints, tmp_path, backbone=backbone)
+    before, after = weights(checkpoints / backbone), weights(pipeline)
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[k], after[k]) for k in before) > 0.9 * len(before)
+    for row in log_of(tmp_path):
+        assert row["distillation"] > 0 and row["r1"] > 0 and row["gradient_norm"] > 0 and row["skipped"] == 0
+    for steps in (1, 2, 4):
+        same_image_as_our_sampler(pipeline, tmp_path, steps)
+    card = (pipeline / "README.md").read_text()
+    assert str(checkpoints / "images") in card and "--student-lr" in card and "guidance_scale=0.0" in card
+
+
+def test_a_student_with_uneven_timesteps_samples_as_add_does(checkpoints, tmp_path):
+    pipeline = train(checkpoints, tmp_path, timesteps="99,799,999")
+    same_image_as_our_sampler(pipeline, tmp_path, 2, timesteps=[999, 799])
+    assert sample.timesteps_of(pipeline, 2) == [999, 799]
+    assert "timesteps=[999]" in (pipeline / "README.md").read_text()
+
+
+@pytest.mark.parametrize("student, teacher", [("sd15", "sdxl"), ("sdxl", "v")])
+def test_mixed_pairs_of_other_latents_and_predictions(checkpoints, tmp_path, student, teacher):
+    train(checkpoints, tmp_path, backbone=student, teacher=checkpoints / teacher)
+    assert all(row["distillation"] > 0 for row in log_of(tmp_path))
+
+
+@pytest.mark.parametrize("more", [
+    {"weight": "nfsd", "guidance": "7.5"}, {"weight": "sds", "space": "latent"}, {"guidance": "3,8", "teacher_steps": 2},
+    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"condition_on_s": "true", "augment": "color,translation,cutout"},
+    {"features_size": 56, "features_crop": 1.0}, {"ema": 0, "clip": 0}, {"init": "random", "terminal_share": 0.5},
+    {"vae_slicing": "false", "checkpointing": "false"},
+], ids=lambda more: " ".join(more))  # fmt: skip
+def test_every_variant_of_the_method_runs(checkpoints, tmp_path, more):
+    if "vae" in more:
+        more = {"vae": checkpoints / "taesd"}
+    train(checkpoints, tmp_path, **more)
+    assert all(row["r1"] > 0 for row in log_of(tmp_path))
+
+
+def test_lora_trains_adapters_and_is_merged_into_the_pipeline(checkpoints, tmp_path):
+    pipeline = train(checkpoints, tmp_path, lora_rank=2)
+    before, after = weights(checkpoints / "sd15"), weights(pipeline)
+    changed = {k for k in before if not torch.allclose(before[k], after[k], atol=1e-7)}
+    assert before.keys() == after.keys() and changed
+    assert all(any(f".{n}." in k for n in ("to_q", "to_k", "to_v", "to_out")) for k in changed)
+
+
+def test_resumed_is_as_if_never_stopped(checkpoints, tmp_path):
+    whole = train(checkpoints, tmp_path / "whole", steps=4, save_every=2)
+    train(checkpoints, tmp_path / "cut", steps=2, save_every=2)
+    cut = train(checkpoints, tmp_path / "cut", "--resume", "auto", steps=4, save_every=2)
+    a, b = weights(whole), weights(cut)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]  # noqa: E731
+    assert strip(log_of(tmp_path / "whole")) == strip(log_of(tmp_path / "cut"))
+
+
+def test_sample_writes_images_and_says_what_they_show(checkpoints, tmp_path):
+    pipeline = train(checkpoints, tmp_path / "run")
+    out = tmp_path / "samples"
+    arguments = ["--pipeline", str(pipeline), "--prompt", "a", "--prompt", "ß", "--count", "2", "--steps", "2", "--out", str(out)]
+    assert sample.main(arguments) == 0
+    first = [(out / f"{i:04d}.png").read_bytes() for i in range(4)]
+    assert len(set(first)) == 4
+    assert [json.loads(x)["text"] for x in (out / "metadata.jsonl").read_text("utf-8").splitlines()] == ["a", "a", "ß", "ß"]
+    assert sample.main(arguments) == 0 and first == [(out / f"{i:04d}.png").read_bytes() for i in range(4)]
+    image = ["--image", str(out / "0000.png"), "--strength", "0.5", "--steps", "2", "--out", str(tmp_path / "i2i")]
+    assert sample.main(["--pipeline", str(pipeline), "--prompt", "a", *image]) == 0
+    assert (tmp_path / "i2i" / "0000.png").read_bytes() not in first
+
+
+MISTAKES = {
+    "wrong repository": ({"backbone": "nobody/nothing"}, ["nobody/nothing", "no diffusers pipeline"]),
+    "no data": ({"data": None}, ["--data"]),
+    "no such folder": ({"data": "/nowhere"}, ["--data /nowhere"]),
+    "bf16 without CUDA": ({"precision": "bf16"}, ["--precision bf16", "CUDA"]),
+    "unknown choice": ({"weight": "sdss"}, ["--weight sdss", "exponential"]),
+    "features": ({"features": "/nowhere"}, ["--features /nowhere"]),
+    "c_text": ({"c_text": "/nowhere"}, ["--c-text /nowhere"]),
+    "resolution": ({"resolution": 60}, ["--resolution 60", "multiple of 8"]),
+    "features size": ({"features_size": 30}, ["--features-size 30", "14"]),
+    "resume": ({"--resume": "/nowhere"}, ["--resume /nowhere"]),
+}
+
+
+@pytest.mark.parametrize("change, words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_ends_in_one_line(checkpoints, tmp_path, capsys, monkeypatch, change, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    more = [x for k, v in change.items() if k.startswith("--") for x in (k, v)]
+    settings = {k: v for k, v in change.items() if not k.startswith("--")}
+    assert run.main([*flags(checkpoints, tmp_path, **settings), *more]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("full/run.py: ") and all(word in message for word in words), message
+
+
+def test_help_shows_every_setting_and_needs_no_diffusers():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "full" / "run.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and "--condition-on-s" in done.stdout and "T_student" in done.stdout
+    assert "diffusers" not in done.stderr
