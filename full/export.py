@@ -22,6 +22,7 @@ def make_scheduler(scheduler_config, settings):
     rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and v)
     return LCMScheduler(
         **{k: scheduler_config[k] for k in keys}, original_inference_steps=len(settings.timesteps), clip_sample=False,
+        steps_offset=1,  # LCMScheduler does not use it; the pipelines warn at 0
         rescale_betas_zero_snr=rescale or scheduler_config.get("rescale_betas_zero_snr", False),
     )  # fmt: skip
 
