@@ -5,7 +5,6 @@ their gradients are averaged by hand, for under FSDP2 R1's second backward would
 """
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -181,15 +180,18 @@ class Trainer:
     def iteration(self, batches):
         """One step of both optimisers on a list of micro-batches; the log's tensors, and the last student's half."""
         settings, accelerator, heads = self.settings, self.accelerator, self.add.discriminator.heads
-        logs = []
+        halves, logs, n = [], [], len(batches)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.network):
-                half = self.add.student_half(batch, self.generator)
-                accelerator.backward(half.loss / len(batches))
+            heads.train(i == 0)  # one power iteration of the spectral norm for all micro-batches, as for a whole batch
+            with contextlib.nullcontext() if i == n - 1 else accelerator.no_sync(self.network):
+                halves.append(half := self.add.student_half(batch, self.generator))
+                accelerator.backward(half.loss / n)
+            half.loss = half.loss.detach()
+        for i, (batch, half) in enumerate(zip(batches, halves, strict=True)):
+            heads.train(i == 0)
             loss, log = self.add.discriminator_half(batch, half, self.generator)
-            (loss / len(batches)).backward()
-            logs.append(half.log | log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()})
+            (loss / n).backward()
+            logs.append(half.log | log | {"student_loss": half.loss, "discriminator_loss": loss.detach()})
         self.average_heads()
         norm = accelerator.clip_grad_norm_(self.trained, settings.clip or math.inf)
         rise = min(1.0, (self.step + 1) / max(1, settings.warm_up))
@@ -220,7 +222,7 @@ class Trainer:
             options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
             return dcp.get_model_state_dict(self.network, options=options)
         unwrapped = self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
-        return {k: p.detach().cpu() for k, p in unwrapped.named_parameters() if p.requires_grad}
+        return {k: p.detach().to("cpu", copy=True) for k, p in unwrapped.named_parameters() if p.requires_grad}
 
     def load_network_state(self, state):
         if self.sharded:
@@ -361,7 +363,7 @@ class Trainer:
             state = self.network_state()
         folder = self.folder / "pipeline"
         if main:
-            export.save_pipeline(folder, self.backbone, copy.deepcopy(state), settings)
+            export.save_pipeline(folder, self.backbone, state, settings)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return folder

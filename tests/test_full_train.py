@@ -141,6 +141,14 @@ def test_resumed_is_as_if_never_stopped(checkpoints, tmp_path):
     assert strip(log_of(tmp_path / "whole")) == strip(log_of(tmp_path / "cut"))
 
 
+def test_the_pipeline_has_the_average_of_the_weights(checkpoints, tmp_path):
+    pipeline = train(checkpoints, tmp_path, steps=3, ema=0.9, warm_up=0)
+    state = torch.load(tmp_path / "checkpoints" / "step_0000003" / "training.pt", weights_only=True)
+    saved = weights(pipeline)
+    assert all(torch.equal(saved[k.removeprefix("unet.")], x) for k, x in state["average"].items())
+    assert any(not torch.equal(x, state["network"][k]) for k, x in state["average"].items())
+
+
 def test_sample_writes_images_and_says_what_they_show(checkpoints, tmp_path):
     pipeline = train(checkpoints, tmp_path / "run")
     out = tmp_path / "samples"
