@@ -120,7 +120,8 @@ class Hub(Listed):
 
 
 class Shards:
-    """webdataset shards, each read from its beginning; the order of shards is drawn anew for every epoch."""
+    """webdataset shards, each read from its beginning; the order of shards is drawn anew for every epoch. One that was
+    cut within a file is noticed and counted, one cut between two files just ends early."""
 
     def __init__(self, urls, seed, window):
         self.urls, self.seed, self.window = urls, seed, window
@@ -246,6 +247,7 @@ class Stream(IterableDataset):
         skipped, good, reason = 0, False, ""
         while True:
             place = {} if self.start is None else {"start": self.start}
+            good |= bool(place or self.position)  # the rest of an epoch may well be empty
             for after, window in self.source.windows(self.epoch, part, parts, **place):
                 draw = random.Random(f"{self.settings.seed} {self.epoch} {part} {self.start}")
                 draw.shuffle(window)
@@ -279,7 +281,4 @@ def collate(samples):
 def make_loader(settings, rank=0, world=1):
     """A loader of endless batches for one process, with state_dict and load_state_dict. DataError as above."""
     stream = Stream(open_source(settings), settings, rank, world)
-    return StatefulDataLoader(
-        stream, settings.batch, num_workers=settings.workers, collate_fn=collate,
-        multiprocessing_context="spawn" if settings.workers else None,
-    )  # fmt: skip
+    return StatefulDataLoader(stream, settings.batch, num_workers=settings.workers, collate_fn=collate)

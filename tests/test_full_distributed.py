@@ -41,3 +41,18 @@ def test_a_divided_batch_trains_as_the_whole_one(checkpoints, tmp_path, whole, m
             assert torch.allclose(state[part][name], x, rtol=1e-4, atol=1e-6), (part, name)
     for name in ("adversarial", "distillation", "hinge", "gradient_norm"):
         assert torch.allclose(state["log"][name], whole["log"][name], rtol=1e-3), name
+
+
+def test_the_launch_configurations_are_ones_that_accelerate_reads():
+    """Every key is known to accelerate, and the sharded one names the blocks of the real U-Nets."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((HERE.parent / "full" / "configs").glob("*.yaml"))
+    assert len(files) == 4
+    found = {file.stem: load_config_from_file(str(file)) for file in files}
+    assert {k: (c.distributed_type.value, c.num_machines, c.num_processes) for k, c in found.items()} == {
+        "one-gpu": ("NO", 1, 1), "eight-gpus": ("MULTI_GPU", 1, 8), "eight-gpus-fsdp2": ("FSDP", 1, 8), "two-nodes": ("MULTI_GPU", 2, 16),
+    }  # fmt: skip
+    assert all(c.mixed_precision == "bf16" for c in found.values())
+    fsdp = found["eight-gpus-fsdp2"].fsdp_config
+    assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_transformer_layer_cls_to_wrap"] == "BasicTransformerBlock,ResnetBlock2D"
