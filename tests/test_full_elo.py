@@ -48,9 +48,9 @@ def test_bootstraps_are_fixed_by_the_seed():
 
 
 def test_win_rates_count_both_sides_and_half_a_tie():
-    games = [Game("q", "a", "b", 1.0), Game("q", "b", "a", 0.0), Game("q", "b", "a", 1.0), Game("q", "a", "b", 0.5)]
+    games = [Game("q", "a", "b", 1.0), Game("q", "b", "a", 0.0), Game("q", "b", "a", 0.0), Game("q", "a", "b", 0.5)]
     ((pair, (rate, low, high, n)),) = elo.win_rates(games).items()
-    assert pair == ("a", "b") and rate == 0.625 and n == 4 and low < rate < high
+    assert pair == ("a", "b") and rate == 0.875 and n == 4 and low < rate < high
 
 
 def test_wilsons_interval_has_its_known_values():
