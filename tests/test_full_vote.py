@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -80,7 +81,7 @@ def test_a_voter_answers_every_pair_and_elo_reads_it(folders, tmp_path):
 def test_who_does_not_look_fails_the_checks_and_is_left_out(folders, tmp_path):
     out = tmp_path / "votes.csv"
     app = vote.make_app(study(folders, out, every=2))
-    answer(app.test_client(), lambda left, right: "left")
+    answer(app.test_client(), lambda *sides: {"left": "right", "right": "left"}[red_side(*sides)])
     answer(app.test_client(), red_side)
     careless = {r["voter"] for r in rows(out) if r["check"] == "failed"}
     assert len(careless) == 1 and elo.read_votes([out])[1] == list(careless)
@@ -130,6 +131,18 @@ def test_many_at_once_write_whole_lines(tmp_path):
         t.join()
     assert len(rows(votes.path)) == 8 * 20 * 2
     assert len(vote.Votes(votes.path).answered) == 8 * 20
+
+
+def test_a_double_click_writes_one_answer(tmp_path, monkeypatch):
+    votes, write = vote.Votes(tmp_path / "votes.csv"), vote.Votes._write
+    monkeypatch.setattr(vote.Votes, "_write", lambda self, lines: (time.sleep(0.2), write(self, lines)))  # both are inside
+    cast = ("u", "0000.png", "ours", "theirs", {"quality": "left"}, "")
+    threads = [threading.Thread(target=votes.add, args=cast) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(rows(votes.path)) == 1
 
 
 @pytest.mark.parametrize("path", ["/image/0/middle", "/image/999/left", "/image/../../etc/passwd", "/image/-1/left", "/image/x/left"])
