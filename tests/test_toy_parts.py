@@ -146,12 +146,15 @@ def key(stage, **changes):
 @pytest.mark.parametrize(
     "change, stages_done_again",
     [
-        (dict(teacher_lr=1.0), {"teacher", "distil", "eval"}),
+        (dict(teacher_lr=1.0), {"teacher", "pairs", "start", "distil", "eval"}),
+        (dict(pairs_guidance=9.0), {"pairs", "start", "distil", "eval"}),
+        (dict(start_lr=9.0), {"start", "distil", "eval"}),
+        (dict(distil_timesteps=(9, 99)), {"start", "distil", "eval"}),
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),
         (dict(distil_gamma=1.0), {"distil", "eval"}),
         (dict(eval_images=9), {"eval"}),
-        (dict(seed=9), {"data", "metric", "features", "teacher", "distil", "eval"}),
+        (dict(seed=9), {"data", "metric", "features", "teacher", "pairs", "start", "distil", "eval"}),
         (dict(data_dir="elsewhere"), set()),
     ],
 )

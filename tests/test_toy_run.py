@@ -15,7 +15,7 @@ from toy import run, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cpu", "--threads", "1"]
-STAGES = ("metric", "features", "teacher", "distil")
+STAGES = ("metric", "features", "teacher", "pairs", "start", "distil")
 
 
 def start(script, *arguments):
@@ -59,6 +59,7 @@ def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
     for stage in STAGES:
         assert (folder / stage / "checkpoint.pt").exists()
         assert (folder / stage / "log.csv").read_text().count("\n") >= 2
+    assert "| student before ADD | 1 | 1 | 1 |" in report
     assert "| **ADD student** | 1 | 1 | 1 |" in report and "| **ADD student** | 4 | 1 | 4 |" in report
     assert "not FID" in report and "glyphs (built in)" in report
 
@@ -113,6 +114,7 @@ def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stag
     [
         ["--distil-c-img", "true", "--distil-weight", "nfsd", "--distil-guidance", "7.5", "--distil-deviation", "false"],
         ["--distil-weight", "sds", "--distil-teacher-steps", "2", "--distil-augment", "translation,cutout"],
+        ["--start", "teacher"],
     ],
 )
 def test_other_losses_and_conditions_give_another_student(finished, tmp_path, flags):
@@ -147,6 +149,7 @@ MISTAKES = {
     "unknown prediction": ([*TINY, "--teacher-prediction", "eps"], "eps"),
     "epsilon at zero SNR": ([*TINY, "--teacher-prediction", "epsilon", "--teacher-zero-snr", "true"], "zero terminal SNR"),
     "unknown features": ([*TINY, "--features", "vgg"], "--features vgg"),
+    "unknown start": ([*TINY, "--start", "nowhere"], "--start nowhere"),
     "odd width": ([*TINY, "--teacher-widths", "12,16"], "--teacher-widths"),
     "student timesteps": ([*TINY, "--distil-timesteps", "999,499"], "timesteps"),
 }

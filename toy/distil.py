@@ -1,6 +1,5 @@
 """Distils the teacher into a student with add.py: the plain loop around ADD.step."""
 
-import copy
 import dataclasses
 
 import torch
@@ -15,11 +14,8 @@ from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
 
-def build_add(teacher, features, classes, settings, device):
-    """add.ADD with a student that starts as a copy of the teacher, and fresh heads on every level of F."""
-    student = Student(
-        copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share
-    ).requires_grad_(True)
+def build_add(student, teacher, features, classes, settings, device):
+    """add.ADD with fresh heads on every level of F."""
     c_text, c_s = settings.distil_c_text, settings.distil_c_s
     heads = DiscriminatorHeads(
         [features.width] * features.levels,
@@ -53,12 +49,12 @@ def make_batch(images, labels, features, classes, settings):
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def distil(folder, data, settings, teacher, features, device, key):
-    """(Student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
+def distil(folder, data, settings, student, teacher, features, device, key):
+    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
-    add = build_add(teacher, features, classes, settings, device)
-    network = add.student.denoiser.network
+    add = build_add(student, teacher, features, classes, settings, device)
+    network = student.denoiser.network
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.distil_ema))
     betas = (settings.distil_beta1, 0.99)
     student_optimizer = torch.optim.Adam(network.parameters(), lr=settings.distil_student_lr, betas=betas)
@@ -93,7 +89,7 @@ def distil(folder, data, settings, teacher, features, device, key):
         "shape": list(data.train_images.shape[1:]), "network": network.state_dict(),
         "mean": teacher.encode.mean, "std": teacher.encode.std,
     })  # fmt: skip
-    return add.student.eval().requires_grad_(False), seconds
+    return student.eval().requires_grad_(False), seconds
 
 
 def load_student(folder):

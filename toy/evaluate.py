@@ -53,7 +53,7 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
-def evaluate(data, settings, metric_net, teacher, student, device):
+def evaluate(data, settings, metric_net, teacher, started, student, device):
     """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, from settings.eval_images
     images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at its best steps.
     """
@@ -87,10 +87,10 @@ def evaluate(data, settings, metric_net, teacher, student, device):
     teacher_rows = [teacher_row(steps, guidance) for steps in settings.eval_steps[:-1]] + candidates
 
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
-    student_rows = [
-        row("ADD student", k, 1.0, lambda k=k: sample_student(student, noise, labels, k, settings.seed + 6), k)
-        for k in counts
-    ]
+
+    def student_rows(name, network):
+        return [row(name, k, 1.0, lambda k=k: sample_student(network, noise, labels, k, settings.seed + 6), k) for k in counts]
+
     train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]
     every_train = embed(metric_net, to_float(data.train_images), device)[0]
     real = measure(metric_net, train, train_labels, test, test_features, device)
@@ -102,5 +102,6 @@ def evaluate(data, settings, metric_net, teacher, student, device):
         "real": real | {"name": "real training images", "steps": None, "guidance": None, "evaluations": None},
         "best_guidance": guidance,
         "teacher": teacher_rows,
-        "student": student_rows,
+        "started": student_rows("student before ADD", started),
+        "student": student_rows("ADD student", student),
     }

@@ -12,7 +12,7 @@ from toy.evaluate import noise_for, sample_student, sample_teacher
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
 
-TEACHER, STUDENT, REAL = "#4878a8", "#d1495b", "#777777"
+TEACHER, BEFORE, STUDENT, REAL = "#4878a8", "#e6ab02", "#d1495b", "#777777"
 
 
 def tile(images, columns, pad=2):
@@ -39,7 +39,7 @@ def _save(figure, path):
     plt.close(figure)
 
 
-def comparison(path, teacher, student, data, settings, guidance, device, each=6):
+def comparison(path, teacher, started, student, data, settings, guidance, device, each=6):
     """Teacher and student from the same noise, a row for a class, several images of each."""
     classes = min(10, len(data.classes))
     labels = torch.arange(classes, device=device).repeat_interleave(each)
@@ -50,6 +50,7 @@ def comparison(path, teacher, student, data, settings, guidance, device, each=6)
         ("real test images", to_float(real)),
         (f"teacher, {steps} steps, guidance {guidance:g}", sample_teacher(teacher, noise, labels, steps, guidance)),
         ("teacher, 1 step", sample_teacher(teacher, noise, labels, 1)),
+        ("student before ADD, 1 step", sample_student(started, noise, labels, 1, settings.seed + 6)),
     ] + [
         (f"ADD student, {k} step{'s' * (k > 1)}", sample_student(student, noise, labels, k, settings.seed + 6))
         for k in (1, 2, 4)
@@ -135,7 +136,12 @@ def cost(path, results):
     """Distance against the number of network evaluations an image."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
     best = [row for row in results["teacher"] if row["guidance"] == results["best_guidance"]]
-    for rows, color, name in ((best, TEACHER, "teacher (DDIM)"), (results["student"], STUDENT, "ADD student")):
+    lines = (
+        (best, TEACHER, "teacher (DDIM)"),
+        (results["started"], BEFORE, "student before ADD"),
+        (results["student"], STUDENT, "ADD student"),
+    )
+    for rows, color, name in lines:
         rows = sorted(rows, key=lambda row: row["evaluations"])
         axis.plot([r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name)
     axis.axhline(results["real"]["fd"], color=REAL, linestyle=":", label=f"{results['n']} real training images")

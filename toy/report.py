@@ -65,7 +65,7 @@ def table(results):
         "variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in [real, *results["teacher"], *results["student"]]:
+    for row in [real, *results["teacher"], *results["started"], *results["student"]]:
         steps, guidance, evaluations = (
             "" if row[name] is None else f"{row[name]:g}" for name in ("steps", "guidance", "evaluations")
         )

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
+import copy
 import dataclasses
 import json
 import resource
@@ -29,7 +30,8 @@ from toy.distil import distil
 from toy.evaluate import evaluate
 from toy.features import make_features
 from toy.metrics import train_metric_net
-from toy.settings import PRESETS, Settings, stage_key
+from toy.settings import PRESETS, STAGES, Settings, stage_key
+from toy.start import draw_pairs, make_student
 from toy.teacher import train_teacher
 
 
@@ -98,28 +100,32 @@ def run(arguments, given):
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in ("metric", "features", "teacher", "distil", "eval")}
+    keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in STAGES}
     if not arguments.resume:
-        for stage in ("metric", "features", "teacher", "distil"):
+        for stage in STAGES:
             start_over(folder, stage, keys[stage])
 
     metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
     features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
     teacher, seconds["teacher"] = train_teacher(folder / "teacher", data, settings, device, keys["teacher"])
-    student, seconds["ADD"] = distil(folder / "distil", data, settings, teacher, features, device, keys["distil"])
+    shape = data.train_images.shape[1:]
+    pairs, seconds["pairs"] = draw_pairs(folder / "pairs", teacher, shape, settings, device, keys["pairs"])
+    student, seconds["start"] = make_student(folder / "start", teacher, pairs, settings, device, keys["start"])
+    started = copy.deepcopy(student)
+    student, seconds["ADD"] = distil(folder / "distil", data, settings, student, teacher, features, device, keys["distil"])
 
     path = folder / "results.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     if stored.get("key") != keys["eval"]:
         began = time.time()
         print("evaluation", flush=True)
-        results = evaluate(data, settings, metric_net, teacher, student, device)
+        results = evaluate(data, settings, metric_net, teacher, started, student, device)
         stored = {"key": keys["eval"], "seconds": time.time() - began, "results": results}
         path.write_text(json.dumps(stored, indent=1) + "\n")
     results, seconds["evaluation"] = stored["results"], stored["seconds"]
 
     began = time.time()
-    pictures.comparison(folder / "comparison.png", teacher, student, data, settings, results["best_guidance"], device)
+    pictures.comparison(folder / "comparison.png", teacher, started, student, data, settings, results["best_guidance"], device)
     pictures.refinement(folder / "refinement.png", student, data, settings, device)
     pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
     pictures.curves(folder / "curves.png", folder)

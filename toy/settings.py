@@ -42,6 +42,14 @@ class Settings:
     teacher_ema: float = option(0.995, "decay of its weights' moving average")
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
 
+    pairs_number: int = option(4096, "pairs of noise and image drawn from the teacher, for --start pairs")
+    pairs_ddim_steps: int = option(10, "DDIM steps that make such an image")
+    pairs_guidance: float = option(2.0, "and the guidance")
+
+    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)")
+    start_steps: int = option(400, "training steps on the pairs")
+    start_lr: float = option(1e-3, "their learning rate; the batch size is ADD's")
+
     distil_steps: int = option(700, "ADD iterations")
     distil_batch: int = option(64, "their batch size")
     distil_student_lr: float = option(1e-3, "the student's learning rate")
@@ -75,7 +83,7 @@ class Settings:
                 raise ValueError(f"--{flag(f.name)} {value}: must be at least 1")
 
 
-POSITIVE = ("_steps", "_batch", "_images", "_width", "_depth", "_patch", "_blocks", "_kernel", "_c_map", "size")
+POSITIVE = ("_steps", "_number", "_batch", "_images", "_width", "_depth", "_patch", "_blocks", "_kernel", "_c_map", "size")
 
 PRESETS = {
     "cpu": {},
@@ -90,7 +98,7 @@ PRESETS = {
     ),
     "tiny": dict(
         limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
-        teacher_steps=6, teacher_batch=16, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
+        teacher_steps=6, teacher_batch=16, pairs_number=120, pairs_ddim_steps=2, start_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
         eval_images=64, eval_guidances=(1.0, 2.0), eval_steps=(1, 4),
     ),
 }  # fmt: skip
@@ -100,7 +108,9 @@ STAGES = {  # what each stage's result depends on: fields that start with its na
     "metric": (("data",), ()),
     "features": (("data",), ()),
     "teacher": (("data",), ()),
-    "distil": (("features", "teacher"), ()),
+    "pairs": (("teacher",), ()),
+    "start": (("pairs",), ("distil_timesteps", "distil_terminal_share", "distil_batch", "distil_ema")),
+    "distil": (("features", "start"), ()),
     "eval": (("metric", "distil"), ()),
 }
 

@@ -1,0 +1,98 @@
+"""Where the toy's student starts: the teacher's pairs of noise and image, and what a student learns from them."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from add import Student, ddim
+from toy.settings import PRESETS, Settings
+from toy.start import Pairs, draw_pairs, make_student, pair_loss
+from toy.teacher import Standardize, make_denoiser
+
+SETTINGS = Settings(**PRESETS["tiny"] | dict(size=8, teacher_widths=(8, 16), pairs_number=130, start_steps=60, distil_ema=0.9))
+CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    denoiser = make_denoiser(1, 3, SETTINGS, Standardize(0.0, 1.0))
+    for p in denoiser.network.parameters():  # a fresh U-Net gives zeros
+        torch.nn.init.normal_(p, std=0.2)
+    return denoiser.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher, tmp_path_factory):
+    return draw_pairs(tmp_path_factory.mktemp("pairs"), teacher, SHAPE, SETTINGS, CPU, "k")[0]
+
+
+def test_a_pair_is_a_noise_and_what_the_teachers_sampler_makes_of_it(teacher, pairs):
+    assert pairs.labels.tolist() == [i % 3 for i in range(130)]
+    i = torch.tensor([0, 57, 129])  # the last lies in the second, smaller chunk
+    timesteps = [torch.full((3,), t) for t in (999, 499)]  # the tiny preset's two DDIM steps
+    by_hand = ddim(teacher, pairs.noise[i], timesteps, i % 3, guidance=2.0, null_cond=torch.full((3,), 3))
+    torch.testing.assert_close(pairs.images[i], by_hand)
+    assert pairs.noise.std() == pytest.approx(1, abs=0.05) and pairs.images.std() > 0.1
+
+
+def test_pairs_survive_a_checkpoint_and_refuse_anothers(teacher, pairs):
+    fresh = Pairs(teacher, SHAPE, SETTINGS, CPU)
+    assert torch.equal(fresh.noise, pairs.noise) and not fresh.images.any()
+    fresh.load_state_dict(pairs.state_dict())
+    assert torch.equal(fresh.images, pairs.images)
+    with pytest.raises(ValueError, match="instead of"):
+        Pairs(teacher, SHAPE, dataclasses.replace(SETTINGS, pairs_number=9), CPU).load_state_dict(pairs.state_dict())
+
+
+def test_the_pairs_own_noise_is_the_input_at_tau_n_and_fresh_noise_below(teacher, pairs):
+    """A student that gives back what it is fed shows it: x_s - x, squared, is the loss."""
+
+    class Echo(Student):
+        def forward(self, x_s, s, cond):
+            self.seen = x_s, s, cond
+            return x_s
+
+    student, index = Echo(teacher, (199, 799), 0.5), torch.arange(100)
+    loss = pair_loss(student, pairs, index, torch.Generator().manual_seed(0))
+    x_s, s, cond = student.seen
+    x, last = pairs.images[index], s == 799
+    assert 30 < last.sum() < 70 and torch.equal(cond, pairs.labels[index])
+    assert torch.equal(x_s[last], pairs.noise[index][last])
+    alpha, sigma = teacher.schedule.alpha[199], teacher.schedule.sigma[199]
+    fresh = (x_s[~last] - alpha * x[~last]) / sigma
+    assert fresh.std() == pytest.approx(1, abs=0.05)
+    assert (fresh * pairs.noise[index][~last]).mean().abs() < 0.1  # and none of it is the pair's
+    torch.testing.assert_close(loss, (x_s - x).square().mean((1, 2, 3)))
+
+
+def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_path):
+    before = copy.deepcopy(teacher.state_dict())
+    settings = dataclasses.replace(SETTINGS, start_lr=3e-3)
+    pairs = copy.copy(pairs)
+    pairs.images = pairs.images.neg()  # far from what a copy of the teacher gives
+    student, seconds = make_student(tmp_path, teacher, pairs, settings, CPU, "k")
+    copied = Student(copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share)
+
+    def loss(network):
+        with torch.no_grad():
+            return pair_loss(network, pairs, torch.arange(130), torch.Generator().manual_seed(1)).mean()
+
+    assert seconds > 0 and loss(student) < 0.9 * loss(copied)
+    assert all(torch.equal(x, before[k]) for k, x in teacher.state_dict().items())
+    assert all(p.requires_grad for p in student.parameters())
+    again, _ = make_student(tmp_path, teacher, pairs, settings, CPU, "k")  # from its checkpoint: the average, not the last
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+def test_without_pairs_the_student_is_the_teachers_copy(teacher, tmp_path):
+    settings = dataclasses.replace(SETTINGS, start="teacher")
+    assert draw_pairs(tmp_path, teacher, SHAPE, settings, CPU, "k") == (None, 0.0)
+    student, seconds = make_student(tmp_path, teacher, None, settings, CPU, "k")
+    assert seconds == 0 and not any(tmp_path.iterdir())
+    for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b and a.requires_grad
+    with pytest.raises(ValueError, match="--start nowhere: choose pairs or teacher"):
+        draw_pairs(tmp_path, teacher, SHAPE, dataclasses.replace(SETTINGS, start="nowhere"), CPU, "k")

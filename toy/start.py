@@ -1,0 +1,98 @@
+"""Where the student starts: as a copy of the teacher, or as what the teacher's own pairs of noise and image make of it.
+
+From pure noise the teacher's one-step x̂_0 is nearly the mean of its class, whatever the noise. A student that starts
+there has to find every way of drawing a digit through a small discriminator, and finds few of them. The teacher's own
+sampler says which noise becomes which image; a short regression on such pairs (Luhman & Luhman 2021) hands that to the
+student, blurred, and ADD starts with all the variety there is. Not in the paper, whose teachers are stronger.
+"""
+
+import copy
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from add import Student, ddim
+from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
+from toy.loop import GeneratorState, run_loop, warm_up_then_decay
+
+STARTS = ("pairs", "teacher")
+
+
+class Pairs:
+    """Pairs of noise and the image that the teacher makes of it, in the space that is diffused, classes in turn."""
+
+    def __init__(self, teacher, shape, settings, device):
+        n = settings.pairs_number
+        self.noise = noise_for(n, shape, settings.seed + 10, device)  # (N, C, H, W)
+        self.images = torch.zeros_like(self.noise)
+        self.labels = balanced_labels(n, teacher.network.classes, device)
+        self.teacher, self.steps, self.guidance = teacher, settings.pairs_ddim_steps, settings.pairs_guidance
+        self.chunks = -(-n // BATCH)
+
+    @torch.no_grad()
+    def draw(self, i):
+        """Make the images of the i-th chunk; returns their deviation, for the log."""
+        chunk = slice(i * BATCH, (i + 1) * BATCH)
+        y = self.labels[chunk]
+        timesteps = [torch.full_like(y, t) for t in ddim_timesteps(len(self.teacher.schedule), self.steps)]
+        null = torch.full_like(y, self.teacher.network.classes)
+        self.images[chunk] = ddim(self.teacher, self.noise[chunk], timesteps, y, self.guidance, null)
+        return {"deviation": self.images[chunk].std()}
+
+    def state_dict(self):
+        """The images alone: the noise comes from the seed."""
+        return {"images": self.images}
+
+    def load_state_dict(self, state):
+        """ValueError if they are not as many, or of another shape."""
+        if state["images"].shape != self.images.shape:
+            raise ValueError(f"images {tuple(state['images'].shape)} instead of {tuple(self.images.shape)}")
+        self.images.copy_(state["images"])
+
+
+def draw_pairs(folder, teacher, shape, settings, device, key):
+    """(Pairs, seconds); (None, 0) where the student starts as a copy of the teacher. ValueError for another --start."""
+    if settings.start not in STARTS:
+        raise ValueError(f"--start {settings.start}: choose {' or '.join(STARTS)}")
+    if settings.start == "teacher":
+        return None, 0.0
+    pairs = Pairs(teacher, shape, settings, device)
+    return pairs, run_loop(folder, "teacher's pairs", {"pairs": pairs}, pairs.draw, pairs.chunks, key)
+
+
+def pair_loss(student, pairs, index, generator):
+    """‖x̂_θ(x_s, s) - x‖² of the pairs with that index, a mean over elements, (B,): at τ_n from the pair's own noise,
+    below it from the image with fresh noise, so that the student goes on denoising there."""
+    x, y = pairs.images[index], pairs.labels[index]
+    s = student.draw_timesteps(len(x), x.device, generator)
+    fresh = torch.randn(x.shape, device=x.device, generator=generator)
+    noise = torch.where(student.is_terminal(s)[:, None, None, None], pairs.noise[index], fresh)
+    return (student(student.diffuse(x, noise, s), s, y) - x).square().flatten(1).mean(1)
+
+
+def make_student(folder, teacher, pairs, settings, device, key):
+    """(Student, seconds): the teacher's copy, and what the pairs teach it, if there are any."""
+    student = Student(copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share)
+    student = student.requires_grad_(True).train()
+    if pairs is None:
+        return student, 0.0
+    network, steps = student.denoiser.network, settings.start_steps
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.distil_ema))
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.start_lr, betas=(0.9, 0.99))
+    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
+    generator = torch.Generator(device).manual_seed(settings.seed + 11)
+
+    def step(i):
+        index = torch.randint(len(pairs.noise), (settings.distil_batch,), device=device, generator=generator)
+        loss = pair_loss(student, pairs, index, generator).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lr.step()
+        ema.update_parameters(network)
+        return {"loss": loss.detach()}
+
+    parts = {"network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "generator": GeneratorState(generator)}
+    seconds = run_loop(folder, "student's start", parts, step, steps, key)
+    network.load_state_dict(ema.module.state_dict())
+    return student, seconds
