@@ -609,6 +609,29 @@ class StudentHalf:
     log: dict = field(default_factory=dict)  # name → detached scalar
 
 
+def _tap(x, log, name):
+    """x; the root mean square over the batch of its samples' gradient norms goes to the log when backward comes by."""
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(lambda g: log.update({name: g.detach().float().norm() * math.sqrt(len(g))}))
+    return x
+
+
+def descend(loss, optimizer, name, clip=math.inf):
+    """A step of the optimiser on a loss; returns the gradient's norm, which is clipped to `clip`.
+
+    FloatingPointError, which names what it was, if loss or gradient is not finite: then no weight has moved.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    for what, value in (("loss", loss.detach()), ("gradient", norm)):
+        if not value.isfinite():
+            raise FloatingPointError(f"{name} {what} is {value.item()}")
+    optimizer.step()
+    return norm
+
+
 @contextmanager
 def _frozen(module):
     """No parameter of module gets a gradient inside: left in .grad, it would teach the heads to call fakes real."""
@@ -682,15 +705,20 @@ class ADD(nn.Module):
             c_text = seen if c_text is None else torch.cat([c_text, seen], dim=1)
         if c_img is not None:  # departure 5
             c_img = c_img.masked_fill(student.is_terminal(s)[:, None], 0)
+        log = {}
         with _frozen(self.discriminator.heads):
-            fake_tokens = self.discriminator.tokens(pixels, generator)
+            fake_tokens = self.discriminator.tokens(_tap(pixels, log, "gradient_adversarial"), generator)
             adversarial = hinge_student(self.discriminator(fake_tokens, c_text, c_img)).mean()
-        distillation, target, t = self.distill(x_hat, pixels, batch, generator)
+        x_hat, seen = (_tap(x, log, "gradient_distillation") for x in (x_hat, pixels))  # one of them is used
+        distillation, target, t = self.distill(x_hat, seen, batch, generator)
         loss = adversarial + self.config.lambda_ * distillation.mean()
-        return StudentHalf(
-            loss, s, t, pixels.detach(), target, [x.detach() for x in fake_tokens], c_text, c_img,
-            {"adversarial": adversarial.detach(), "distillation": distillation.detach().mean()},
-        )  # fmt: skip
+        log |= {"adversarial": adversarial.detach(), "distillation": distillation.detach().mean()}
+        T, bins = len(self.teacher.schedule), 4
+        for i in range(bins):  # of t; an empty bin counts 0, so that averages over iterations are right
+            share = (t * bins // T == i) * distillation.detach()
+            log[f"distillation_t{i * T // bins}"] = bins * share.mean()
+        fake_tokens = [x.detach() for x in fake_tokens]
+        return StudentHalf(loss, s, t, pixels.detach(), target, fake_tokens, c_text, c_img, log)
 
     def discriminator_half(self, batch, student_half, generator=None):
         """L_adv^D (Eq. 3), a scalar, and its log; its backward moves the heads alone."""
@@ -707,18 +735,18 @@ class ADD(nn.Module):
         for name, logits in (("real", real_logits), ("fake", fake_logits)):
             log[f"logit_{name}"] = sum(x.detach().mean() for x in logits) / len(logits)
             log[f"sign_{name}"] = sum(x.detach().sign().mean() for x in logits) / len(logits)
+        # 19 of 20 tokens told right, on both sides: what reaches the student then says little but "wrong".
+        log["discriminator_won"] = ((log["sign_real"] > 0.9) & (log["sign_fake"] < -0.9)).float()
         return hinge + self.config.gamma * penalty, log
 
     def step(self, batch, student_optimizer, heads_optimizer, generator=None):
-        """A whole iteration in a plain loop, the student first. Returns the student's half, its log completed."""
-        half = self.student_half(batch, generator)
-        student_optimizer.zero_grad(set_to_none=True)
-        half.loss.backward()
-        student_optimizer.step()
+        """A whole iteration in a plain loop, the student first. Returns the student's half, its log completed.
 
+        FloatingPointError if a loss or gradient is not finite; the network that it belongs to has not moved then.
+        """
+        half = self.student_half(batch, generator)
+        half.log["gradient_student"] = descend(half.loss, student_optimizer, "student")
         loss, log = self.discriminator_half(batch, half, generator)
-        heads_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        heads_optimizer.step()
+        half.log["gradient_heads"] = descend(loss, heads_optimizer, "discriminator")
         half.log |= log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()}
         return half

@@ -6,9 +6,13 @@ import dataclasses
 import typing
 
 
-def option(default, help, choices=()):
-    """A dataclass field with a default, the text that --help shows, and the values that are allowed (none: any)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+NUMBERS = (0, 10**9)  # what a number may be unless its option says otherwise
+
+
+def option(default, help, choices=(), limits=NUMBERS):
+    """A dataclass field with a default, the text that --help shows, and the values that are allowed: one of the choices
+    (none: any), numbers within the limits, both included, and so each number of a tuple."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 def flag(name):
@@ -19,9 +23,19 @@ def flag(name):
 def check_choices(settings):
     """ValueError if a field has a value outside its choices."""
     for f in dataclasses.fields(settings):
-        choices, value = f.metadata.get("choices"), getattr(settings, f.name)
-        if choices and value not in choices:
-            raise ValueError(f"--{flag(f.name)} {value}: unknown; choose one of {', '.join(map(str, choices))}")
+        choices, value = f.metadata["choices"], getattr(settings, f.name)
+        for x in value if isinstance(value, tuple) else (value,):
+            if choices and x not in choices:
+                raise ValueError(f"--{flag(f.name)} {show(x)}: unknown; choose one of {', '.join(map(str, choices))}")
+
+
+def check_limits(settings):
+    """ValueError if a field has a number outside its limits; a NaN is outside of any."""
+    for f in dataclasses.fields(settings):
+        value, (low, high) = getattr(settings, f.name), f.metadata["limits"]
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, (int, float)) and not low <= x <= high:
+                raise ValueError(f"--{flag(f.name)} {show(value)}: must be from {low:g} to {high:g}")
 
 
 def _parser_for(annotation):

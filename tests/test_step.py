@@ -331,7 +331,9 @@ def test_step_logs_what_it_says():
         "sign_fake": sum(x.sign().mean() for x in fake) / 2,
     }
     expected["discriminator_loss"] = expected["hinge"] + 0.3 * half.log["r1"]
-    assert half.log.keys() == expected.keys() | {"r1"}
+    health = {"discriminator_won", *(f"distillation_t{t}" for t in (0, 250, 500, 750))}  # see test_health.py
+    health |= {f"gradient_{name}" for name in ("adversarial", "distillation", "student", "heads")}
+    assert half.log.keys() == expected.keys() | {"r1"} | health
     for name, value in expected.items():
         torch.testing.assert_close(half.log[name], value.detach(), msg=lambda m, name=name: f"{name}: {m}")
 

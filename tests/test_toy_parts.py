@@ -12,7 +12,8 @@ from add import Denoiser, NoiseSchedule, Student
 from toy import features as toy_features
 from toy.data import Batches, Dataset
 from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
-from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
+from checkpoints import read
+from toy.loop import CLOCKED, GeneratorState, TrainingError, run_loop, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT
 from flags import from_dict
@@ -60,6 +61,12 @@ def test_the_metric_network_is_another_architecture_than_f():
 # Loop ----------------------------------------------------------------------------------------------------------------
 
 
+def rows_of(path):
+    """A log without what a clock has a part in."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCKED} for row in csv.DictReader(file)]
+
+
 class Counter:
     """A stage in miniature: a random walk whose position, generator and data order the checkpoint must carry."""
 
@@ -81,7 +88,7 @@ class Counter:
     def run(self, folder, steps=25, key="k"):
         parts = {"n": self.network, "g": GeneratorState(self.generator), "b": self.batches}
         run_loop(folder, "test", parts, self.step, steps, key, log_every=4)
-        return self.network.weight.item(), (folder / "log.csv").read_text()
+        return self.network.weight.item(), rows_of(folder / "log.csv")
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 10, 24])
@@ -89,40 +96,49 @@ def test_a_loop_interrupted_at_any_step_ends_as_if_never_interrupted(tmp_path, s
     whole = Counter().run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         Counter(stop_at).run(tmp_path / "cut")
-    assert load(tmp_path / "cut" / "checkpoint.pt")["step"] == stop_at + 1
+    assert read(tmp_path / "cut" / "checkpoint.pt")["step"] == stop_at + 1
     assert Counter().run(tmp_path / "cut") == whole
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
     first = Counter().run(tmp_path, key="a")
     assert Counter().run(tmp_path, key="b") == first  # begun anew, not gone on from
-    assert load(tmp_path / "checkpoint.pt")["key"] == "b"
+    assert read(tmp_path / "checkpoint.pt")["key"] == "b"
 
 
 def test_the_log_averages_over_its_window(tmp_path):
     values = iter([1.0, 3.0, 5.0])
     run_loop(tmp_path, "test", {}, lambda i: {"x": torch.tensor(next(values))}, 3, "k", log_every=2)
-    assert (tmp_path / "log.csv").read_text().split() == ["step,x", "2,2.0", "3,5.0"]
+    rows = rows_of(tmp_path / "log.csv")
+    assert [(r["step"], r["x"], r["nonfinite"]) for r in rows] == [("2", "2.0", "0"), ("3", "5.0", "0")]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(tmp_path):
-    with pytest.raises(TrainingError, match=r"test: loss is not finite near step 2"):
-        run_loop(tmp_path, "test", {}, lambda i: {"loss": torch.tensor(float("nan"))}, 9, "k", log_every=2)
-    assert not (tmp_path / "checkpoint.pt").exists()
+def failing(*steps):
+    """A step that is not finite at those numbers."""
+
+    def step(i):
+        if i in steps:
+            raise FloatingPointError("teacher loss is nan")
+        return {"loss": torch.tensor(float(i))}
+
+    return step
 
 
-def test_save_leaves_the_old_file_whole_when_writing_fails(tmp_path):
-    path = tmp_path / "x.pt"
-    save(path, {"a": torch.ones(1)})
-    with pytest.raises(Exception, match="pickle"):
-        save(path, {"a": lambda: None})
-    assert load(path)["a"].item() == 1
+def test_what_is_not_finite_stops_the_run_and_names_step_loss_and_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match=r"test, step 6: teacher loss is nan; .*no checkpoint .*--skip-nonfinite N"):
+        run_loop(tmp_path, "test", {}, failing(5), 9, "k")
+    with pytest.raises(TrainingError, match=r"step 6: .*checkpoint.pt is of step 5"):
+        run_loop(tmp_path, "test", {}, failing(5), 9, "k", checkpoint_seconds=0)
+    assert read(tmp_path / "checkpoint.pt")["step"] == 5
+    with pytest.raises(TrainingError, match=r"step 1: other is inf"):  # not a loss: seen when the step is done
+        run_loop(tmp_path / "b", "test", {}, lambda i: {"x": torch.ones(()), "other": torch.tensor(float("inf"))}, 9, "k")
 
 
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
-    (tmp_path / "x.pt").write_bytes(b"nonsense")
-    with pytest.raises(TrainingError, match="x.pt is not a readable checkpoint"):
-        load(tmp_path / "x.pt")
+def test_skipped_steps_are_counted_and_their_values_nowhere(tmp_path):
+    run_loop(tmp_path, "test", {}, failing(1, 2), 4, "k", log_every=2, skip_nonfinite=2)
+    assert [(r["loss"], r["nonfinite"]) for r in rows_of(tmp_path / "log.csv")] == [("0.0", "1"), ("3.0", "2")]
+    with pytest.raises(TrainingError, match="step 4: "):
+        run_loop(tmp_path / "b", "test", {}, failing(1, 2, 3), 4, "k", log_every=2, skip_nonfinite=2)
 
 
 def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
@@ -224,8 +240,8 @@ def test_features_learn_what_their_objective_says(tmp_path, monkeypatch, objecti
     data = Dataset("two greys", images, labels, images, labels, ("dark", "bright"))
     own = dict(features_objective=objective, features_steps=30, features_width=16, features_depth=1)
     vit, _ = toy_features.train_vit(tmp_path, data, Settings(**own), torch.device("cpu"), "key")
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
-    assert rows[0].keys() - {"step"} == losses and len(seen) == noisy
+    rows = rows_of(tmp_path / "log.csv")
+    assert rows[0].keys() - {"step", "nonfinite"} == losses and len(seen) == noisy
     assert all(float(rows[-1][name]) < 0.95 * float(rows[0][name]) for name in losses)
     assert not vit.training and not any(p.requires_grad for p in vit.parameters())
 

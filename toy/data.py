@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -104,11 +105,12 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(name, data_dir=None, *, seed=0, size=32, limit=None):
+def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     """The dataset of that name, from `data_dir` (`data` when None), with at most `limit` images in each split.
 
     auto is MNIST where it is on disk or can be downloaded, else glyphs. Any other name is that dataset or a DataError.
-    `seed` draws the glyphs; `size` is the side of glyphs and folder images, the other sets being 32x32 only.
+    `seed` draws the glyphs; `size` is the side of glyphs and folder images, the other sets being 32x32 only;
+    `max_bad_files` of a folder may be unreadable, and are left out.
     """
     root = Path("data" if data_dir is None else data_dir)
     if name not in NAMES:
@@ -118,7 +120,7 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None):
     if name == "glyphs":
         return _load_glyphs(seed, size, limit)
     if name == "folder":
-        return _load_folder(root, size, limit)
+        return _load_folder(root, size, limit, max_bad_files)
     return _load_torchvision(name, root, size, limit)
 
 
@@ -222,10 +224,14 @@ _HELD_OUT = 10  # without a test folder, one picture in ten of each class is hel
 _REMEDY = "give --data-dir a folder that holds one folder of images per class"
 
 
-def _load_folder(root, size, limit):
+def _load_folder(root, size, limit, max_bad_files):
     train, test, classes = _split_folder(root)
-    train_images, train_labels = _read_pictures(train[:limit], size)
-    test_images, test_labels = _read_pictures(test[:limit], size)
+    bad = []
+    train_images, train_labels = _read_pictures(train[:limit], size, bad, max_bad_files)
+    test_images, test_labels = _read_pictures(test[:limit], size, bad, max_bad_files)
+    for split, labels in (("training", train_labels), ("test", test_labels)):
+        if gone := [name for i, name in enumerate(classes) if i not in labels]:
+            raise DataError(f"--dataset folder: no readable {split} image of class {gone[0]}; add some, or remove the class, or a larger --limit")
     if all((images == images[:, :1]).all() for images in (train_images, test_images)):  # all grey: one channel will do
         train_images, test_images = train_images[:, :1].contiguous(), test_images[:, :1].contiguous()
     name = f"folder {root} {_count(train_images)}"
@@ -278,21 +284,45 @@ def _interleave(pictures):
     return [(path, label) for _, label, path in sorted(ranked)]
 
 
-def _read_pictures(pictures, size):
-    """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre cropped."""
+def _to_rgb(picture):
+    """A PIL image as 8-bit RGB: of 16 bits the upper eight, on black what was transparent."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # convert() would clip 16 bits to white
+        picture = picture.convert("I").point(lambda x: x * (1 / 256)).convert("L")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def _read_pictures(pictures, size, bad, max_bad_files):
+    """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre cropped. Up to
+    max_bad_files that cannot be read are listed in bad and left out."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
-    images = []
-    for path, _ in pictures:
+    images, labels = [], []
+    for path, label in pictures:
         try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                picture = _to_rgb(Image.open(path))
         except Exception as error:  # PIL raises a dozen kinds on damaged files
-            raise DataError(
-                f"--dataset folder: cannot read {path} ({_one_line(error)}); replace it or remove it from --data-dir"
-            ) from error
+            bad.append(path)
+            what = f"cannot read {path} ({_one_line(error)})"
+            if len(bad) > max_bad_files:
+                raise DataError(
+                    f"--dataset folder: {what}; replace it or remove it from --data-dir; "
+                    f"--max-bad-files {len(bad)} would leave it out"
+                ) from error
+            print(f"{what}: left out, as one of --max-bad-files {max_bad_files}", file=sys.stderr, flush=True)
+            continue
         images.append(pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)))
-    return torch.stack(images), torch.tensor([label for _, label in pictures])
+        labels.append(label)
+    if not images:
+        raise DataError(f"--dataset folder: not one of {len(pictures)} images can be read")
+    return torch.stack(images), torch.tensor(labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

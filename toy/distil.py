@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from checkpoints import read, write
 from flags import from_dict
 from toy.data import Batches
-from toy.loop import GeneratorState, TrainingError, load, run_loop, save, warm_up_then_decay
+from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
@@ -82,9 +83,9 @@ def distil(folder, data, settings, student, teacher, features, device, key):
         "heads_optimizer": heads_optimizer, "student_lr": lr[0], "heads_lr": lr[1], "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
-    seconds = run_loop(folder, "ADD", parts, step, steps, key)
+    seconds = run_loop(folder, "ADD", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
     network.load_state_dict(ema.module.state_dict())
-    save(folder / "student.pt", {
+    write(folder / "student.pt", {
         "settings": dataclasses.asdict(settings), "classes": list(data.classes),
         "shape": list(data.train_images.shape[1:]), "network": network.state_dict(),
         "mean": teacher.encode.mean, "std": teacher.encode.std,
@@ -97,7 +98,7 @@ def load_student(folder):
     path = folder / "distil" / "student.pt"
     if not path.exists():
         raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
-    state = load(path)
+    state = read(path)
     settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
     denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
     denoiser.network.load_state_dict(state["network"])

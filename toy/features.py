@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from add import augment_noise, readout
+from add import augment_noise, descend, readout
 from toy.data import Batches
 from toy.loop import GeneratorState, run_loop
 from toy.networks import ViT
@@ -61,9 +61,7 @@ def train_vit(folder, data, settings, device, key):
         if objective == "denoise":
             log["patch"] = F.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
             loss = loss + 4 * log["patch"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer, "features F")
         schedule.step()
         return {name: loss.detach() for name, loss in log.items()}
 
@@ -72,7 +70,7 @@ def train_vit(folder, data, settings, device, key):
         "generator": GeneratorState(generator),
     }  # fmt: skip
     steps = 0 if objective == "none" else settings.features_steps
-    seconds = run_loop(folder, "features F", parts, step, steps, key)
+    seconds = run_loop(folder, "features F", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
     return vit.eval().requires_grad_(False), seconds
 
 

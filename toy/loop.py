@@ -1,34 +1,17 @@
 """The one training loop of the toy: progress bar, CSV log, checkpoints, resume. Every stage runs through it."""
 
 import csv
-import math
-import os
-import signal
+import resource
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoints import Stopped, postponed_signals, read_last, write
+
 
 class TrainingError(Exception):
     """A run that cannot go on; the message is one line."""
-
-
-def save(path, state):
-    """torch.save to a temporary name, then rename: a checkpoint is complete or not there."""
-    temporary = Path(f"{path}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load(path, device="cpu"):
-    """A checkpoint's dictionary; tensors and plain values only. TrainingError if the file is not one."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise TrainingError(f"{path} is not a readable checkpoint ({type(error).__name__}); remove it to start over") from error
 
 
 class GeneratorState:
@@ -44,75 +27,103 @@ class GeneratorState:
         self.generator.set_state(state["state"].cpu())
 
 
-@contextmanager
-def postponed_interrupt():
-    """Inside, the first Ctrl-C only fills the list that this yields, so that a step is never cut in half; the second
-    one interrupts at once."""
-    received = []
-
-    def handler(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, previous)
+CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ from run to run
 
 
-def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, log_every=10):
+def peak_memory():
+    """GiB that the process, or the GPU, has held at most."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Window:
+    """The steps since the last row of the log, which is their mean."""
+
+    def __init__(self, pending, skipped):
+        self.pending, self.skipped, self.began, self.count = pending, skipped, time.time(), 0
+
+    def row(self):
+        """{column: value} of the steps, which are forgotten; skipped steps have no values."""
+        names = self.pending[0] if self.pending else ()
+        row = {name: torch.stack([p[name] for p in self.pending]).float().mean().item() for name in names}
+        speed = self.count / max(time.time() - self.began, 1e-9)
+        self.pending.clear()
+        self.began, self.count = time.time(), 0
+        return row | {"nonfinite": self.skipped, "steps_per_second": speed, "memory_gib": peak_memory()}
+
+
+def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, log_every=10, skip_nonfinite=0):
     """Call step(i) for i = 0 … steps-1 and keep folder/checkpoint.pt and folder/log.csv; returns the seconds spent.
 
     parts maps names to what a checkpoint holds (anything with state_dict and load_state_dict); step returns a dict of
     0-d tensors, which are averaged over log_every steps into a row of the log. A checkpoint is written every
-    checkpoint_seconds, at the end, and on Ctrl-C (KeyboardInterrupt follows); one that is there already, under the same
-    key, is gone on from. Raises TrainingError when a logged value is not finite.
+    checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped follows); the last complete one that is there
+    already, under the same key, is gone on from. A step that raises FloatingPointError, or returns what is not finite,
+    ends the run with a TrainingError; the first skip_nonfinite that only raise are counted in the log instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
-    start, seconds, rows, pending = 0, 0.0, [], []
-    if path.exists() and (state := load(path))["key"] == key:
-        start, seconds, rows, pending = (state[name] for name in ("step", "seconds", "rows", "pending"))
+    start, seconds, rows, window = 0, 0.0, [], Window([], 0)
+    state = read_last(path)
+    if state and state.get("key") == key:
         try:
+            start, seconds, rows, window = state["step"], state["seconds"], state["rows"], Window(state["pending"], state["skipped"])
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise TrainingError(f"{path} does not fit this version's networks; remove {folder} to start over") from error
-    began = saved = time.time()
+    began, saved, saved_step = time.time(), time.time(), start
 
     def checkpoint(done):
-        progress = {"key": key, "step": done, "finished": done == steps, "seconds": seconds + time.time() - began, "rows": rows, "pending": pending}
-        save(path, progress | {name: part.state_dict() for name, part in parts.items()})
+        progress = {
+            "key": key, "step": done, "finished": done == steps, "seconds": seconds + time.time() - began,
+            "rows": rows, "pending": window.pending, "skipped": window.skipped,
+        }  # fmt: skip
+        write(path, progress | {name: part.state_dict() for name, part in parts.items()})
         write_csv(folder / "log.csv", rows)
 
-    with postponed_interrupt() as interrupted:
+    def attempt(i):
+        try:
+            values = step(i)
+        except FloatingPointError as error:
+            if window.skipped >= skip_nonfinite:
+                raise bad(i, error) from error
+            window.skipped += 1
+            return
+        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist() if values else []
+        if not all(finite):  # something other than a loss or its gradient, seen when the step is done
+            raise bad(i, ", ".join(f"{k} is {v.item()}" for (k, v), good in zip(values.items(), finite, strict=True) if not good))
+        window.pending.append(values)
+
+    def bad(i, what):
+        last = f"{path} is of step {saved_step}" if path.exists() else "no checkpoint was written yet"
+        return TrainingError(f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; --skip-nonfinite N lets N such steps go by")
+
+    with postponed_signals() as stopped:
         bar = tqdm(range(start, steps), initial=start, total=steps, desc=label, mininterval=1, smoothing=0.05)
         for i in bar:
-            pending.append(step(i))
+            attempt(i)
+            window.count += 1
             done = i + 1
             if done % log_every == 0 or done == steps:
-                row = {name: torch.stack([p[name] for p in pending]).float().mean().item() for name in pending[0]}
-                pending.clear()
-                if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-                    raise TrainingError(f"{label}: {', '.join(bad)} is not finite near step {done}; stopped")
+                row = window.row()
                 rows.append({"step": done} | row)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-            if interrupted or done == steps or time.time() - saved > checkpoint_seconds:
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in CLOCKED and (v or k != "nonfinite")})
+            if stopped or done == steps or time.time() - saved > checkpoint_seconds:
                 checkpoint(done)
-                saved = time.time()
-            if interrupted:
-                raise KeyboardInterrupt
+                saved, saved_step = time.time(), done
+            if stopped:
+                raise Stopped(stopped[0])
     return seconds + time.time() - began
 
 
 def write_csv(path, rows):
-    """Write rows (dictionaries with the same keys) with a header."""
+    """Write rows (dictionaries) with a header."""
     with open(path, "w", newline="") as file:
         if not rows:
             return
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -6,6 +6,7 @@ None of them is FID: the feature space is this toy's own, so values compare only
 import torch
 import torch.nn.functional as F
 
+from add import descend
 from toy.data import Batches, to_float
 from toy.loop import run_loop
 from toy.networks import MetricNet
@@ -26,14 +27,12 @@ def train_metric_net(folder, data, settings, device, key):
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
         loss = F.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer, "metric network")
         schedule.step()
         return {"loss": loss.detach()}
 
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "batches": batches}
-    seconds = run_loop(folder, "metric network", parts, step, steps, key)
+    seconds = run_loop(folder, "metric network", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
     return network.eval().requires_grad_(False), seconds
 
 

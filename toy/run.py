@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints import CheckpointError, Stopped, one_line, read_last, stop_on_signals, write_text
 from flags import add_flags, from_dict
 from toy import data as datasets
-from toy import loop, pictures, report
+from toy import pictures, report
 from toy.distil import distil
 from toy.evaluate import evaluate
 from toy.features import make_features
+from toy.loop import TrainingError
 from toy.metrics import train_metric_net
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.start import draw_pairs, make_student
@@ -78,10 +80,11 @@ def start_over(folder, stage, key):
     """Without --resume an unfinished stage is begun anew."""
     path = folder / stage / "checkpoint.pt"
     if path.exists():
-        state = loop.load(path)
-        if state["key"] == key and not state["finished"]:
+        state = read_last(path)
+        if state and state.get("key") == key and not state["finished"]:
             print(f"{stage}: an unfinished checkpoint is there and is not used; --resume would go on with it")
-            path.unlink()
+            for file in folder.joinpath(stage).glob("checkpoint.pt*"):
+                file.unlink()
 
 
 def run(arguments, given):
@@ -92,13 +95,14 @@ def run(arguments, given):
         torch.set_num_threads(arguments.threads)
     began = time.time()
     data = datasets.load(
-        settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None
+        settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None,
+        max_bad_files=settings.max_bad_files,
     )
     seconds = {"data": time.time() - began}
     print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in STAGES}
     if not arguments.resume:
@@ -121,7 +125,7 @@ def run(arguments, given):
         print("evaluation", flush=True)
         results = evaluate(data, settings, metric_net, teacher, started, student, device)
         stored = {"key": keys["eval"], "seconds": time.time() - began, "results": results}
-        path.write_text(json.dumps(stored, indent=1) + "\n")
+        write_text(path, json.dumps(stored, indent=1) + "\n")
     results, seconds["evaluation"] = stored["results"], stored["seconds"]
 
     began = time.time()
@@ -138,17 +142,18 @@ def run(arguments, given):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
+    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by SIGTERM, after saving."""
     arguments, given = parse_arguments(argv)
+    stop_on_signals()
     try:
         folder, results, preset = run(arguments, given)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, datasets.DataError, loop.TrainingError) as error:
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}; the same command with --resume goes on from here", file=sys.stderr)
+        return stopped.code
+    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
         if arguments.debug:
             raise
-        print(f"toy/run.py: {error}", file=sys.stderr)
+        print(f"toy/run.py: {one_line(error)}", file=sys.stderr)
         return 2
     print("\n".join(["", *report.table(results), ""]))
     for what, value, goal, met in report.goals(results, preset):

@@ -8,6 +8,7 @@ import torch
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints import CheckpointError, one_line
 from toy import loop
 from toy.distil import load_student
 from toy.evaluate import noise_for, sample_student
@@ -57,8 +58,8 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         draw(arguments)
-    except (ValueError, OSError, loop.TrainingError) as error:
-        print(f"toy/sample.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, loop.TrainingError, CheckpointError) as error:
+        print(f"toy/sample.py: {one_line(error)}", file=sys.stderr)
         return 2
     print(arguments.out)
     return 0

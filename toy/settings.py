@@ -9,7 +9,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from flags import flag, option
+from flags import check_choices, check_limits, flag, option
+
+COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 
 
 @dataclass(frozen=True)
@@ -18,72 +20,73 @@ class Settings:
 
     dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder")
     data_dir: str = option("data", "where the data set is, or is downloaded to; for folder: the folder of class folders")
-    size: int = option(32, "height and width of the images, in pixels")
+    size: int = option(32, "height and width of the images, in pixels", limits=COUNT)
     limit: int = option(0, "use only so many training and so many test images (0: all)")
-    seed: int = option(0, "of every random draw")
+    max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
+    seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
+    skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
 
-    metric_steps: int = option(200, "training steps of the metric network")
+    metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
 
     features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)")
     features_objective: str = option("denoise", "what F learns: classify, summarize, denoise or none (see toy/features.py)")
-    features_patch: int = option(4, "patch size of F")
-    features_width: int = option(96, "channels of F")
-    features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block")
-    features_steps: int = option(300, "training steps of F")
+    features_patch: int = option(4, "patch size of F", limits=COUNT)
+    features_width: int = option(96, "channels of F", limits=COUNT)
+    features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block", limits=COUNT)
+    features_steps: int = option(300, "training steps of F", limits=COUNT)
 
-    teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution")
-    teacher_blocks: int = option(1, "residual blocks at each resolution, down and up")
+    teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT)
+    teacher_blocks: int = option(1, "residual blocks at each resolution, down and up", limits=COUNT)
     teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine")
     teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
     teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0")
-    teacher_steps: int = option(950, "training steps of the teacher")
-    teacher_batch: int = option(128, "its batch size")
-    teacher_lr: float = option(1e-3, "its learning rate")
-    teacher_ema: float = option(0.995, "decay of its weights' moving average")
-    teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance")
+    teacher_steps: int = option(950, "training steps of the teacher", limits=COUNT)
+    teacher_batch: int = option(128, "its batch size", limits=COUNT)
+    teacher_lr: float = option(1e-3, "its learning rate", limits=RATE)
+    teacher_ema: float = option(0.995, "decay of its weights' moving average", limits=SHARE)
+    teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
-    pairs_number: int = option(4096, "pairs of noise and image drawn from the teacher, for --start pairs")
-    pairs_ddim_steps: int = option(10, "DDIM steps that make such an image")
-    pairs_guidance: float = option(2.0, "and the guidance")
+    pairs_number: int = option(4096, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
+    pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
+    pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)")
-    start_steps: int = option(400, "training steps on the pairs")
-    start_lr: float = option(1e-3, "their learning rate; the batch size is ADD's")
+    start_steps: int = option(400, "training steps on the pairs", limits=COUNT)
+    start_lr: float = option(1e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
-    distil_steps: int = option(700, "ADD iterations")
-    distil_batch: int = option(64, "their batch size")
-    distil_student_lr: float = option(1e-3, "the student's learning rate")
-    distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate")
-    distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)")
-    distil_ema: float = option(0.99, "decay of the student's moving average")
+    distil_steps: int = option(700, "ADD iterations", limits=COUNT)
+    distil_batch: int = option(64, "their batch size", limits=COUNT)
+    distil_student_lr: float = option(1e-3, "the student's learning rate", limits=RATE)
+    distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
+    distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
+    distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 399, 599, 799), "T_student; pure noise stands in for the last")
     distil_terminal_share: float = option(0.75, "share of the student's draws at the last of them (the paper: 0.25)")
     distil_lambda: float = option(5.0, "weight of the distillation loss")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")
-    distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss")
-    distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target")
+    distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)
+    distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target", limits=COUNT)
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
     distil_c_s: bool = option(True, "condition the heads on the student's timestep s (not in the paper)")
     distil_augment: tuple[str, ...] = option(("noise",), "DiffAugment before F: color, translation, cutout, noise")
-    distil_head_width: int = option(32, "channels inside a head")
-    distil_head_kernel: int = option(9, "taps of a head's circular convolution")
+    distil_head_width: int = option(32, "channels inside a head", limits=COUNT)
+    distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=COUNT)
     distil_deviation: bool = option(True, "show the heads how alike the images of a group are (not in the paper)")
-    distil_c_map: int = option(32, "channels of a head's projection")
+    distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
 
-    eval_images: int = option(1000, "generated images that each figure is taken from")
-    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used")
-    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best")
+    eval_images: int = option(1000, "generated images that each figure is taken from", limits=COUNT)
+    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used", limits=GUIDANCE)
+    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best", limits=COUNT)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int) and not isinstance(value, bool) and f.name.endswith(POSITIVE) and value < 1:
-                raise ValueError(f"--{flag(f.name)} {value}: must be at least 1")
+        check_choices(self)
+        check_limits(self)
+        for name in ("teacher_widths", "distil_timesteps", "eval_guidances", "eval_steps"):
+            if not getattr(self, name):
+                raise ValueError(f"--{flag(name)}: empty; give at least one number")
 
-
-POSITIVE = ("_steps", "_number", "_batch", "_images", "_width", "_depth", "_patch", "_blocks", "_kernel", "_c_map", "size")
 
 PRESETS = {
     "cpu": {},

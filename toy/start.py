@@ -11,7 +11,7 @@ import copy
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from add import Student, ddim
+from add import Student, ddim, descend
 from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 
@@ -85,14 +85,12 @@ def make_student(folder, teacher, pairs, settings, device, key):
     def step(i):
         index = torch.randint(len(pairs.noise), (settings.distil_batch,), device=device, generator=generator)
         loss = pair_loss(student, pairs, index, generator).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss, optimizer, "student's start")
         lr.step()
         ema.update_parameters(network)
         return {"loss": loss.detach()}
 
     parts = {"network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "generator": GeneratorState(generator)}
-    seconds = run_loop(folder, "student's start", parts, step, steps, key)
+    seconds = run_loop(folder, "student's start", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
     network.load_state_dict(ema.module.state_dict())
     return student, seconds

@@ -3,7 +3,7 @@
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from add import Denoiser, NoiseSchedule
+from add import Denoiser, NoiseSchedule, descend
 from toy.data import Batches, to_float
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 from toy.networks import UNet
@@ -78,18 +78,15 @@ def train_teacher(folder, data, settings, device, key):
         output = network(schedule.diffuse(x_0, noise, t), t, labels.masked_fill(dropped, classes))
         target = training_target(x_0, noise, *schedule.coefficients(t), denoiser.prediction)
         loss = (output - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        norm = descend(loss, optimizer, "teacher", clip=1.0)
         lr.step()
         ema.update_parameters(network)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "gradient": norm}
 
     parts = {
         "network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
-    seconds = run_loop(folder, "teacher", parts, step, steps, key)
+    seconds = run_loop(folder, "teacher", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
     network.load_state_dict(ema.module.state_dict())
     return denoiser.eval().requires_grad_(False), seconds

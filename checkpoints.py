@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there, read without running anything; signals that wait for a step's end. toy/ and
+full/ share them."""
+
+import errno
+import os
+import pickle
+import signal
+import sys
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+TRAILER = b"\nADD checkpoint 1 "  # behind what torch.save wrote, then eight hex digits of its CRC-32; torch.load ignores it
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message is one line."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM, once what was under way has been saved; .code is the exit code that says which."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class _Summing:
+    """A file to write to, with the CRC-32 of all that went through."""
+
+    def __init__(self, file):
+        self.file, self.sum = file, 0
+
+    def write(self, data):
+        self.sum = zlib.crc32(data, self.sum)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@contextmanager
+def _replacing(path, keep=False):
+    """A file to write in binary, which takes path's place when it is wholly on the disk; keep: as PATH.previous."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, f"{path}.previous")
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the renaming, too, has to reach the disk
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def explain(error):
+    """What an OSError means, in words that go behind a path; torch wraps some in a RuntimeError."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room, or name another folder"
+    if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "no permission to write there; name another folder"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def one_line(error):
+    """An error's message on one line; for an OSError the file, and what to do."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {explain(error)}"
+    return explain(error)
+
+
+def write(path, state):
+    """torch.save, complete on the disk under a temporary name before it takes the place of the one that was there. What
+    was there before stays as PATH.previous. CheckpointError where nothing could be written: then both are untouched."""
+    path = Path(path)
+    try:
+        with _replacing(path, keep=True) as file:
+            summing = _Summing(file)
+            torch.save(state, summing)
+            file.write(TRAILER + b"%08x" % summing.sum)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {explain(error)}; the checkpoint before it is intact") from error
+
+
+def write_text(path, text):
+    """A text file, complete or as it was. OSError."""
+    with _replacing(Path(path)) as file:
+        file.write(text.encode())
+
+
+def read(path, device="cpu"):
+    """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any other, or a torn, file."""
+    try:
+        with open(path, "rb") as file:
+            left, total = max(0, os.path.getsize(path) - len(TRAILER) - 8), 0
+            while block := file.read(min(left, 1 << 20)):
+                total, left = zlib.crc32(block, total), left - len(block)
+            trailer, stated = file.read(len(TRAILER)), file.read(8)
+        if trailer != TRAILER:
+            raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short")
+        if stated != b"%08x" % total:
+            raise CheckpointError(f"{path} is damaged: its checksum does not agree")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint ({explain(error)})") from error
+
+
+def read_last(path, device="cpu"):
+    """The checkpoint of that name or, if it cannot be read, the one before it, after a line that says so. None where
+    neither is there. CheckpointError where there are some and none can be read."""
+    failed = None
+    for candidate in (Path(path), Path(f"{path}.previous")):
+        if candidate.exists():
+            try:
+                state = read(candidate, device)
+            except CheckpointError as error:
+                print(f"{error}; looking for the one before it", file=sys.stderr, flush=True)
+                failed = failed or error
+                continue
+            return state
+    if failed:
+        raise CheckpointError(f"{failed}, nor is one before it; remove it to start over")
+    return None
+
+
+@contextmanager
+def postponed_signals():
+    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, so that no step is cut in half; a second
+    one stops at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise Stopped(number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop_on_signals():
+    """SIGINT and SIGTERM raise Stopped wherever the program is: for the time between loops."""
+
+    def handler(number, frame):
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
