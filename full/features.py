@@ -92,7 +92,7 @@ class TextFeatures:
                 model, weights = name.split("/")
             else:
                 model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
-            network = open_clip.create_model(model, pretrained=weights)
+            network = open_clip.create_model(model, pretrained=weights, require_pretrained=True)  # else: random ones
             self.tokenize = open_clip.get_tokenizer(model)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BackboneError(

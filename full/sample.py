@@ -41,13 +41,34 @@ def timesteps_of(folder, steps):
     return [trained[n - 1 - i * n // steps] for i in range(steps)]
 
 
+def load_pipeline(kind, name, dtype, flag="--pipeline"):
+    """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars. ValueError."""
+    from full.backbones import one_line
+
+    try:
+        pipe = kind.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        what = f"cannot be loaded, as a pipeline folder or a hub repository ({one_line(error)})"
+        raise ValueError(f"{flag} {name}: {what}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_of(pipe, folder, steps, flag="--steps"):
+    """The arguments of a student's call for `steps` network evaluations. ValueError: more than it was trained for."""
+    trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
+    if trained and steps > trained:
+        raise ValueError(f"{flag} {steps}: this student was trained for 1…{trained} steps")
+    custom = timesteps_of(folder, steps)
+    return ({"timesteps": custom} if custom else {"num_inference_steps": steps}) | {"guidance_scale": 0.0}
+
+
 def sample(arguments):
     """Write the images; returns their paths. ValueError for what cannot be."""
     import torch
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
     from PIL import Image
 
-    from full.backbones import one_line
     from full.pictures import read_prompts
 
     prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
@@ -60,18 +81,9 @@ def sample(arguments):
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     kind = AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image
-    try:
-        pipe = kind.from_pretrained(arguments.pipeline, dtype=dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--pipeline {arguments.pipeline}: cannot be loaded ({one_line(error)})") from error
-    pipe = pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
-    if trained and arguments.steps > trained:
-        raise ValueError(f"--steps {arguments.steps}: this student was trained for 1…{trained} steps")
-    call = {"num_inference_steps": arguments.steps, "guidance_scale": 0.0}
-    if custom := timesteps_of(arguments.pipeline, arguments.steps):
-        call = {"timesteps": custom, "guidance_scale": 0.0}
+    dtype = dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")]
+    pipe = load_pipeline(kind, arguments.pipeline, dtype).to(device)
+    call = call_of(pipe, arguments.pipeline, arguments.steps)
     if arguments.image:
         try:
             image = Image.open(arguments.image).convert("RGB")

@@ -2,6 +2,7 @@
 saved pipeline against add.py's own sampler."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,10 @@ def test_help_shows_every_setting_and_needs_no_diffusers():
     )
     assert done.returncode == 0 and "--condition-on-s" in done.stdout and "T_student" in done.stdout
     assert "diffusers" not in done.stderr
+
+
+def test_a_text_encoder_without_weights_is_refused(checkpoints, tmp_path, capsys):
+    folder = shutil.copytree(checkpoints / "clip", tmp_path / "clip")
+    (folder / "open_clip_pytorch_model.bin").unlink()
+    assert run.main(flags(checkpoints, tmp_path / "run", c_text=folder)) == 2
+    assert f"--c-text {folder}: neither an open_clip MODEL/WEIGHTS nor a folder of one" in capsys.readouterr().err
