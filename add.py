@@ -442,7 +442,7 @@ def augment_cutout(images, generator=None, ratio=0.5):
     return images * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
 
-def augment_noise(images, generator=None, ratio=0.6):
+def augment_noise(images, generator=None, ratio=0.15):
     """Unit noise times 0…ratio: hides what no eye sees, or a student fools a weak F with it (Wang et al. 2023)."""
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     return images + _uniform(images, 0, ratio, generator) * noise
@@ -739,13 +739,13 @@ class ADD(nn.Module):
         log["discriminator_won"] = ((log["sign_real"] > 0.9) & (log["sign_fake"] < -0.9)).float()
         return hinge + self.config.gamma * penalty, log
 
-    def step(self, batch, student_optimizer, heads_optimizer, generator=None):
+    def step(self, batch, student_optimizer, heads_optimizer, generator=None, extra=0.0):
         """A whole iteration in a plain loop, the student first. Returns the student's half, its log completed.
 
-        FloatingPointError if a loss or gradient is not finite; the network that it belongs to has not moved then.
+        extra is a further loss of the student's, for what is not in the paper. FloatingPointError if a loss or gradient is not finite; the network that it belongs to has not moved then.
         """
         half = self.student_half(batch, generator)
-        half.log["gradient_student"] = descend(half.loss, student_optimizer, "student")
+        half.log["gradient_student"] = descend(half.loss + extra, student_optimizer, "student")
         loss, log = self.discriminator_half(batch, half, generator)
         half.log["gradient_heads"] = descend(loss, heads_optimizer, "discriminator")
         half.log |= log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()}

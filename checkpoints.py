@@ -41,6 +41,15 @@ class _Summing:
         self.file.flush()
 
 
+def sync_folder(folder):
+    """What was renamed in a folder reaches the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _replacing(path, keep=False):
     """A file to write in binary, which takes path's place when it is wholly on the disk; keep: as PATH.previous."""
@@ -57,11 +66,7 @@ def _replacing(path, keep=False):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the renaming, too, has to reach the disk
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def explain(error):
@@ -100,18 +105,23 @@ def write_text(path, text):
         file.write(text.encode())
 
 
+def verify(path):
+    """CheckpointError if the file is not what write() left there: torn, damaged, or another's. OSError."""
+    with open(path, "rb") as file:
+        left, total = max(0, os.path.getsize(path) - len(TRAILER) - 8), 0
+        while block := file.read(min(left, 1 << 20)):
+            total, left = zlib.crc32(block, total), left - len(block)
+        trailer, stated = file.read(len(TRAILER)), file.read(8)
+    if trailer != TRAILER:
+        raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short")
+    if stated != b"%08x" % total:
+        raise CheckpointError(f"{path} is damaged: its checksum does not agree")
+
+
 def read(path, device="cpu"):
     """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any other, or a torn, file."""
     try:
-        with open(path, "rb") as file:
-            left, total = max(0, os.path.getsize(path) - len(TRAILER) - 8), 0
-            while block := file.read(min(left, 1 << 20)):
-                total, left = zlib.crc32(block, total), left - len(block)
-            trailer, stated = file.read(len(TRAILER)), file.read(8)
-        if trailer != TRAILER:
-            raise CheckpointError(f"{path} is not a checkpoint of this program, or is cut short")
-        if stated != b"%08x" % total:
-            raise CheckpointError(f"{path} is damaged: its checksum does not agree")
+        verify(path)
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({explain(error)})") from error

@@ -70,8 +70,14 @@ def add_flags(parser, settings_class, default="default"):
 
 
 def from_dict(settings_class, values):
-    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting."""
+    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting, or a value of
+    another type than its setting's."""
     known = {f.name for f in dataclasses.fields(settings_class)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown setting {', '.join(unknown)}; was this folder written by another version?")
-    return settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    for name, hint in typing.get_type_hints(settings_class).items():
+        kind = typing.get_origin(hint) or hint
+        if name in values and not isinstance(values[name], (int, float) if kind is float else kind):
+            raise ValueError(f"{name} is {values[name]!r}, not of type {kind.__name__}")
+    return settings_class(**values)

@@ -3,7 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 
-from flags import check_choices, flag, option
+from flags import check_choices, check_limits, flag, option, show
+
+COUNT, SHARE, RATE = (1, 10**9), (0, 1), (1e-12, 1e3)
 
 # What a backbone's name stands for. SD2.1-base was taken down by its owner and lives on in mirrors; this is one.
 BACKBONES = {
@@ -26,72 +28,73 @@ class Settings:
     variant: str = option("", "variant of the weights' files, for example fp16")
     init: str = option("pretrained", "the student's weights: pretrained or random (Table 1c)", ("pretrained", "random"))
     timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student; pure noise stands in for the last")
-    terminal_share: float = option(0.0, "share of the student's draws at the last of them (0: uniform, as in the paper)")
+    terminal_share: float = option(0.0, "share of the student's draws at the last of them (0: uniform, as in the paper)", limits=SHARE)
     zero_snr: str = option("auto", "exact zero terminal SNR for the student: auto (for v-prediction), true, false", ("auto", "true", "false"))
-    lora_rank: int = option(0, "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)", limits=(0, 10_000))
     vae: str = option("kl", "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository of a tiny decoder")
 
     features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository")
-    features_size: int = option(0, "resolution that F sees (0: the one it was trained at)")
-    features_crop: float = option(0.0, "share of batches that F sees as a random crop instead of resized, where images are larger")
+    features_size: int = option(0, "resolution that F sees (0: the one it was trained at)", limits=(0, 10_000))
+    features_crop: float = option(0.0, "share of batches that F sees as a random crop instead of resized, where images are larger", limits=SHARE)
     augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout, noise")
     c_text: str = option("ViT-g-14/laion2b_s12b_b42k", "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none")
     c_img: str = option("dinov2-l", "image encoder of c_img (Table 1b), named as F; or none")
-    head_width: int = option(0, "channels inside a head (0: those of F)")
+    head_width: int = option(0, "channels inside a head (0: those of F)", limits=(0, 10_000))
     condition_on_s: bool = option(False, "tell the heads the student's timestep (not in the paper)")
 
     lambda_: float = option(2.5, "weight of the distillation loss")
     gamma: float = option(1e-5, "weight of R1")
     weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
     space: str = option("pixel", "where the distillation's distance is taken: pixel, or latent", ("pixel", "latent"))
-    guidance: tuple[float, ...] = option((1.0,), "the teacher's guidance; two numbers: drawn between them")
-    teacher_steps: int = option(1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)")
+    guidance: tuple[float, ...] = option((1.0,), "the teacher's guidance; two numbers: drawn between them", limits=(-100, 100))
+    teacher_steps: int = option(1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)", limits=COUNT)
 
     data: str = option("", "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), or hf:NAME")
     hf_split: str = option("train", "split of a Hugging Face data set")
     hf_image: str = option("image", "its column of images")
     hf_caption: str = option("text", "its column of captions")
-    resolution: int = option(512, "height and width of the images")
+    resolution: int = option(512, "height and width of the images", limits=(8, 10_000))
     random_crop: bool = option(False, "crop at random instead of in the centre")
     flip: bool = option(False, "mirror half of the images")
-    min_size: int = option(0, "skip images whose shorter side has fewer pixels")
-    shuffle_window: int = option(1000, "samples of a shard that are shuffled together")
-    workers: int = option(4, "processes that read data, for each GPU")
+    min_size: int = option(0, "skip images whose shorter side has fewer pixels", limits=(0, 100_000))
+    shuffle_window: int = option(1000, "samples of a shard that are shuffled together", limits=COUNT)
+    workers: int = option(4, "processes that read data, for each GPU", limits=(0, 256))
 
-    steps: int = option(4000, "iterations")
-    batch: int = option(8, "images of each GPU in a forward pass; 8 fill a group of local batch norm")
-    accumulate: int = option(1, "forward passes that make one iteration")
-    student_lr: float = option(1e-5, "the student's learning rate")
-    heads_lr: float = option(1e-4, "the discriminator heads' learning rate")
-    beta1: float = option(0.0, "beta_1 of both optimisers (beta_2 is 0.99)")
+    steps: int = option(4000, "iterations", limits=COUNT)
+    batch: int = option(8, "images of each GPU in a forward pass; 8 fill a group of local batch norm", limits=COUNT)
+    accumulate: int = option(1, "forward passes that make one iteration", limits=COUNT)
+    student_lr: float = option(1e-5, "the student's learning rate", limits=RATE)
+    heads_lr: float = option(1e-4, "the discriminator heads' learning rate", limits=RATE)
+    beta1: float = option(0.0, "beta_1 of both optimisers (beta_2 is 0.99)", limits=(0, 0.999))
     weight_decay: float = option(0.0, "of AdamW, for the student")
     warm_up: int = option(100, "iterations over which both rates rise")
     clip: float = option(1.0, "the student's gradient is clipped to this norm (0: not)")
     optimizer: str = option("adamw", "the student's: adamw, or adamw8bit (needs bitsandbytes)", ("adamw", "adamw8bit"))
-    ema: float = option(0.999, "decay of the student's moving average, which is what is saved (0: none)")
+    ema: float = option(0.999, "decay of the student's moving average, which is what is saved (0: none)", limits=SHARE)
     precision: str = option("bf16", "bf16, or fp32", ("bf16", "fp32"))
     checkpointing: bool = option(True, "recompute activations of U-Net and decoder in the backward pass")
     vae_slicing: bool = option(True, "encode and decode image by image")
     compile: bool = option(False, "torch.compile the U-Nets")
-    seed: int = option(0, "of every random draw")
+    seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
 
     prompts: str = option("", "a file of validation prompts, one a line (empty: a few of our own)")
     validate_every: int = option(500, "iterations between grids of the validation prompts (0: never)")
-    save_every: int = option(500, "iterations between checkpoints")
-    log_every: int = option(10, "iterations between lines of the log")
+    save_every: int = option(500, "iterations between checkpoints", limits=COUNT)
+    log_every: int = option(10, "iterations between lines of the log", limits=COUNT)
+    skip_nonfinite: int = option(0, "iterations whose loss or gradient may be infinite or no number; they are skipped and counted")
+    max_bad_files: int = option(1_000_000, "samples that may be unreadable; they are skipped and counted")
     tracker: str = option("tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none"))
     save_dtype: str = option("fp16", "weights of the pipeline: fp16, bf16 or fp32", ("fp16", "bf16", "fp32"))
 
     def __post_init__(self):
         check_choices(self)
-        positive = ("steps", "batch", "accumulate", "resolution", "teacher_steps", "save_every", "log_every", "shuffle_window")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be at least 1")
+        check_limits(self)
+        if not self.timesteps:
+            raise ValueError("--timesteps: empty; give at least one")
         if self.resolution % 8:
             raise ValueError(f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE")
         if len(self.guidance) not in (1, 2):
-            raise ValueError(f"--guidance {self.guidance}: one number, or two with a comma to draw between")
+            raise ValueError(f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between")
 
 
 def from_name(name):

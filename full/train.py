@@ -10,22 +10,25 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch.distributed.checkpoint import state_dict as dcp
 from tqdm import tqdm
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, sync_folder, verify, write
 from full import backbones, data, export, pictures
 from full.features import TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEEP = 2  # checkpoints
+SHOWN = ("adversarial", "distillation", "hinge", "images_per_second")  # beside the progress bar
 
 
 class TrainingError(Exception):
@@ -134,7 +137,7 @@ class Trainer:
         self.heads_optimizer = torch.optim.Adam(heads.parameters(), lr=settings.heads_lr, betas=betas)
         torch.manual_seed(settings.seed * 100_003 + rank)  # F's crops
         self.generator = torch.Generator(self.device).manual_seed(settings.seed * 100_003 + rank)
-        self.skipped, self.batches = 0, None
+        self.skipped, self.nonfinite, self.batches = 0, 0, None
 
     def _make_discriminator(self, dtype):
         settings, crop = self.settings, self.settings.features_crop
@@ -187,6 +190,7 @@ class Trainer:
                 halves.append(half := self.add.student_half(batch, self.generator))
                 accelerator.backward(half.loss / n)
             half.loss = half.loss.detach()
+            half.log |= {name: n * x for name, x in half.log.items() if name.startswith("gradient")}  # of the loss itself
         for i, (batch, half) in enumerate(zip(batches, halves, strict=True)):
             heads.train(i == 0)
             loss, log = self.add.discriminator_half(batch, half, self.generator)
@@ -194,17 +198,38 @@ class Trainer:
             logs.append(half.log | log | {"student_loss": half.loss, "discriminator_loss": loss.detach()})
         self.average_heads()
         norm = accelerator.clip_grad_norm_(self.trained, settings.clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm, device=self.device)
+        log = {name: torch.stack([x[name].float() for x in logs]).mean() for name in logs[0]}
+        log["gradient_norm"] = norm.detach()
+        log["gradient_heads"] = torch.nn.utils.get_total_norm([p.grad for p in heads.parameters()])
+        self.step += 1
+        if not self._is_finite(log):
+            for optimizer in (self.optimizer, self.heads_optimizer):
+                optimizer.zero_grad(set_to_none=True)
+            return None, half
         rise = min(1.0, (self.step + 1) / max(1, settings.warm_up))
         for optimizer, lr in ((self.optimizer, settings.student_lr), (self.heads_optimizer, settings.heads_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rise
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         self.ema.update(self.step)
-        log = {name: torch.stack([x[name].float() for x in logs]).mean() for name in logs[0]}
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return log | {"gradient_norm": torch.as_tensor(norm, device=self.device).detach()}, half
+        return log, half
+
+    def _is_finite(self, log):
+        """Whether losses and gradients are numbers. If not, and too often: TrainingError, which names them. The gradients
+        are every process's, so that all of them agree."""
+        if torch.stack([log["gradient_norm"], log["gradient_heads"].to(log["gradient_norm"])]).isfinite().all():
+            return True
+        self.nonfinite += 1
+        if self.nonfinite > self.settings.skip_nonfinite:
+            bad = ", ".join(name for name, x in log.items() if not x.isfinite()) or "a gradient of another process"
+            last = sorted((self.folder / "checkpoints").glob("step_*[0-9]"))
+            raise TrainingError(
+                f"step {self.step}: not finite: {bad}; the last good checkpoint: {last[-1] if last else 'none yet'}; "
+                "--skip-nonfinite N lets N such steps go by"
+            )
+        return False
 
     def average_heads(self):
         """The heads' gradients, averaged over the processes in one message."""
@@ -250,39 +275,64 @@ class Trainer:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            torch.save({
+            write(temporary / "training.pt", {
                 "step": self.step, "processes": accelerator.num_processes, "network": network, "average": average,
                 "optimizer": optimizer, "heads": self.add.discriminator.heads.state_dict(),
                 "heads_optimizer": self.heads_optimizer.state_dict(),
-            }, temporary / "training.pt")  # fmt: skip
+            })  # fmt: skip
         accelerator.wait_for_everyone()
-        own = {"data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(), "skipped": self.skipped}
-        torch.save(own, temporary / f"process_{accelerator.process_index}.pt")
+        write(temporary / f"process_{accelerator.process_index}.pt", {
+            "data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
+            "skipped": self.skipped, "nonfinite": self.nonfinite,
+        })  # fmt: skip
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
+            sync_folder(target.parent)
             for old in sorted(target.parent.glob("step_*[0-9]"))[:-KEEP]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
+    def last_checkpoint(self):
+        """The last checkpoint's folder of which every file is whole, or None; the first process looks for all."""
+        found = [None]
+        if self.accelerator.is_main_process:
+            folders = sorted((self.folder / "checkpoints").glob("step_*[0-9]"), reverse=True)
+            for folder in folders:
+                try:
+                    for file in folder.glob("*.pt"):
+                        verify(file)
+                    (folder / "training.pt").stat()
+                except (CheckpointError, OSError) as error:
+                    print(f"{one_line(error)}; looking for the checkpoint before it", file=sys.stderr, flush=True)
+                else:
+                    found = [str(folder)]
+                    break
+            if folders and found == [None]:
+                raise TrainingError(f"--resume auto: no checkpoint in {folders[0].parent} can be read; remove it to start over")
+        return broadcast_object_list(found)[0]
+
     def resume(self, where):
-        """Go on from a checkpoint folder, or from the last one ("auto"; none there: from the start)."""
-        if where == "auto":
-            found = sorted((self.folder / "checkpoints").glob("step_*[0-9]"))
-            if not found:
-                return
-            where = found[-1]
+        """Go on from a checkpoint folder, or from the last whole one ("auto"; none there: from the start)."""
+        if where == "auto" and (where := self.last_checkpoint()) is None:
+            return
         where, accelerator = Path(where), self.accelerator
         try:
-            state = torch.load(where / "training.pt", map_location="cpu", weights_only=True)
+            state = read(where / "training.pt")
             if state["processes"] != accelerator.num_processes:
                 raise TrainingError(
                     f"--resume {where}: written by {state['processes']} processes, this run has {accelerator.num_processes}; start as many"
                 )
-            own = torch.load(where / f"process_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise TrainingError(f"--resume {where}: no checkpoint there ({error})") from error
+            own = read(where / f"process_{accelerator.process_index}.pt")
+        except CheckpointError as error:
+            raise TrainingError(f"--resume {where}: {error}") from error
+        try:
+            self._load(state, own)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise TrainingError(f"--resume {where}: is of other networks or settings ({one_line(error)})") from error
+
+    def _load(self, state, own):
         self.load_network_state(state["average"])
         for shadow, p in zip(self.ema.shadows, self.trained if self.ema.decay else [], strict=True):
             shadow.copy_(p.detach())
@@ -297,7 +347,7 @@ class Trainer:
         self.loader.load_state_dict(own["data"])
         self.generator.set_state(own["generator"])
         torch.set_rng_state(own["torch"])
-        self.step, self.skipped = state["step"], own["skipped"]
+        self.step, self.skipped, self.nonfinite = state["step"], own["skipped"], own["nonfinite"]
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -321,25 +371,25 @@ class Trainer:
                     tracker.log_images(batches, step=self.step, dataformats="NHWC")
 
     def run(self):
-        """Train to settings.steps, then write the pipeline; returns its folder. KeyboardInterrupt after saving."""
+        """Train to settings.steps, then write the pipeline; returns its folder. Stopped, after saving, on SIGINT and SIGTERM."""
         settings, accelerator, main = self.settings, self.accelerator, self.accelerator.is_main_process
-        stopped = []
-        previous = {n: signal.signal(n, lambda number, frame: stopped.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(initial=self.step, total=settings.steps, desc="ADD", disable=not main, smoothing=0.05)
         began, images = time.time(), 0
-        try:
+        with postponed_signals() as stopped, contextlib.closing(bar):
             while self.step < settings.steps:
                 raw = self.raw_batches()
                 self.skipped += sum(r["skipped"] for r in raw)
+                if self.skipped > settings.max_bad_files:
+                    raise TrainingError(f"--max-bad-files {settings.max_bad_files}: {self.skipped} samples could not be read, by step {self.step}")
                 batches = [self.make_batch(r) for r in raw]
                 log, half = self.iteration(batches)
                 images += settings.batch * settings.accumulate * accelerator.num_processes
                 bar.update()
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
-                    row = {k: accelerator.reduce(v, "mean").item() for k, v in log.items()}
-                    if bad := [k for k, v in row.items() if not math.isfinite(v)]:
-                        raise TrainingError(f"step {self.step}: {', '.join(bad)} is not finite; the last checkpoint is from before")
-                    row |= {"images_per_second": images / (time.time() - began), "skipped": self.skipped}
+                    row = {k: accelerator.reduce(v, "mean").item() for k, v in (log or {}).items()}
+                    row |= {"images_per_second": images / (time.time() - began), "skipped": self.skipped, "nonfinite": self.nonfinite}
+                    if row.get("discriminator_won", 0) > 0.5:
+                        bar.write(f"step {self.step}: the discriminator has won: it tells 19 of 20 tokens right; its rate is too high for the student's")
                     if self.device.type == "cuda":
                         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                     began, images = time.time(), 0
@@ -347,18 +397,14 @@ class Trainer:
                         with open(self.folder / "log.jsonl", "a") as file:
                             file.write(json.dumps({"step": self.step} | row) + "\n")
                         accelerator.log(row, step=self.step)
-                        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("adversarial", "distillation", "hinge", "images_per_second")})
+                        bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
                 if settings.validate_every and self.step % settings.validate_every == 0:
                     self.validate(half, batches[-1])
                 stop = bool(accelerator.reduce(torch.tensor(float(len(stopped)), device=self.device), "sum"))
                 if stop or self.step % settings.save_every == 0 or self.step == settings.steps:
                     self.save()
                 if stop and self.step < settings.steps:
-                    raise KeyboardInterrupt
-        finally:
-            bar.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                    raise Stopped(stopped[0] if stopped else signal.SIGTERM)
         with self.ema.swapped():
             state = self.network_state()
         folder = self.folder / "pipeline"

@@ -338,6 +338,22 @@ def test_step_logs_what_it_says():
         torch.testing.assert_close(half.log[name], value.detach(), msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_an_extra_loss_is_the_students_alone():
+    """With the learning rate of plain descent, its gradient is what the student has moved by more; the heads see nothing."""
+    models = [make_add() for _ in range(2)]
+    for model, scale in zip(models, (0.0, 3.0), strict=True):
+        sgd = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (model.student.denoiser.network, model.discriminator.heads)]
+        extra = scale * sum(p.sum() for p in model.student.denoiser.network.parameters()) if scale else 0.0
+        model.step(make_batch(), *sgd, generator(), extra)
+    plain, more = ([*m.student.denoiser.network.parameters()] for m in models)
+    assert all(torch.allclose(p - q, torch.full_like(p, 3.0)) for p, q in zip(plain, more, strict=True))
+    assert same_weights(*(m.discriminator.heads for m in models))
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def test_a_step_is_deterministic_under_its_generator():
     batch = make_batch()
     losses = []

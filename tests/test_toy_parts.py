@@ -87,7 +87,7 @@ class Counter:
 
     def run(self, folder, steps=25, key="k"):
         parts = {"n": self.network, "g": GeneratorState(self.generator), "b": self.batches}
-        run_loop(folder, "test", parts, self.step, steps, key, log_every=4)
+        run_loop(folder, "test", parts, self.step, steps, key, Settings(), log_every=4)
         return self.network.weight.item(), rows_of(folder / "log.csv")
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
 
 def test_the_log_averages_over_its_window(tmp_path):
     values = iter([1.0, 3.0, 5.0])
-    run_loop(tmp_path, "test", {}, lambda i: {"x": torch.tensor(next(values))}, 3, "k", log_every=2)
+    run_loop(tmp_path, "test", {}, lambda i: {"x": torch.tensor(next(values))}, 3, "k", Settings(), log_every=2)
     rows = rows_of(tmp_path / "log.csv")
     assert [(r["step"], r["x"], r["nonfinite"]) for r in rows] == [("2", "2.0", "0"), ("3", "5.0", "0")]
 
@@ -126,25 +126,25 @@ def failing(*steps):
 
 def test_what_is_not_finite_stops_the_run_and_names_step_loss_and_checkpoint(tmp_path):
     with pytest.raises(TrainingError, match=r"test, step 6: teacher loss is nan; .*no checkpoint .*--skip-nonfinite N"):
-        run_loop(tmp_path, "test", {}, failing(5), 9, "k")
+        run_loop(tmp_path, "test", {}, failing(5), 9, "k", Settings())
     with pytest.raises(TrainingError, match=r"step 6: .*checkpoint.pt is of step 5"):
-        run_loop(tmp_path, "test", {}, failing(5), 9, "k", checkpoint_seconds=0)
+        run_loop(tmp_path, "test", {}, failing(5), 9, "k", Settings(checkpoint_seconds=0))
     assert read(tmp_path / "checkpoint.pt")["step"] == 5
     with pytest.raises(TrainingError, match=r"step 1: other is inf"):  # not a loss: seen when the step is done
-        run_loop(tmp_path / "b", "test", {}, lambda i: {"x": torch.ones(()), "other": torch.tensor(float("inf"))}, 9, "k")
+        run_loop(tmp_path / "b", "test", {}, lambda i: {"x": torch.ones(()), "other": torch.tensor(float("inf"))}, 9, "k", Settings())
 
 
 def test_skipped_steps_are_counted_and_their_values_nowhere(tmp_path):
-    run_loop(tmp_path, "test", {}, failing(1, 2), 4, "k", log_every=2, skip_nonfinite=2)
+    run_loop(tmp_path, "test", {}, failing(1, 2), 4, "k", Settings(skip_nonfinite=2), log_every=2)
     assert [(r["loss"], r["nonfinite"]) for r in rows_of(tmp_path / "log.csv")] == [("0.0", "1"), ("3.0", "2")]
     with pytest.raises(TrainingError, match="step 4: "):
-        run_loop(tmp_path / "b", "test", {}, failing(1, 2, 3), 4, "k", log_every=2, skip_nonfinite=2)
+        run_loop(tmp_path / "b", "test", {}, failing(1, 2, 3), 4, "k", Settings(skip_nonfinite=2), log_every=2)
 
 
 def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
-    run_loop(tmp_path, "test", {"n": nn.Linear(1, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k")
+    run_loop(tmp_path, "test", {"n": nn.Linear(1, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k", Settings())
     with pytest.raises(TrainingError, match="checkpoint.pt does not fit.*remove"):
-        run_loop(tmp_path, "test", {"n": nn.Linear(2, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k")
+        run_loop(tmp_path, "test", {"n": nn.Linear(2, 1)}, lambda i: {"x": torch.zeros(())}, 1, "k", Settings())
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from test_toy_parts import rows_of
 from toy import run, sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +85,11 @@ def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path)
     assert [stage for stage in STAGES if before[stage] != after[stage]] == ["distil"]
 
 
-@pytest.mark.parametrize("stage, steps", [("teacher", "--teacher-steps"), ("distil", "--distil-steps")])
-def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stage, steps):
-    """Ctrl-C in the midst of a stage, then --resume: the student's weights agree to the bit."""
+@pytest.mark.parametrize(
+    "stage, steps, number", [("teacher", "--teacher-steps", signal.SIGINT), ("distil", "--distil-steps", signal.SIGTERM)]
+)
+def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stage, steps, number):
+    """Ctrl-C, or what a cluster sends, in the midst of a stage, then --resume: the student's weights agree to the bit."""
     flags = [*TINY, steps, "60"]
     code, _, err = call("run.py", *flags, "--out", tmp_path / "whole")
     assert code == 0, err
@@ -96,16 +99,16 @@ def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stag
     while not (label in text and text.rsplit(label, 1)[1].count("loss=")):  # some steps of the stage are done
         text += process.stderr.read(1)
         assert process.poll() is None, text
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in err
+    assert process.returncode == 128 + number and f"stopped by {number.name}" in err and "--resume" in err
     state = torch.load(tmp_path / "cut" / stage / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < 60 and not state["finished"]
 
     code, _, err = call("run.py", "--resume", "--out", tmp_path / "cut", "--device", "cpu", "--threads", "1")
     assert code == 0, err
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    logs = [(tmp_path / run / stage / "log.csv").read_text() for run in ("whole", "cut")]
+    logs = [rows_of(tmp_path / run / stage / "log.csv") for run in ("whole", "cut")]
     assert logs[0] == logs[1]
 
 
@@ -115,6 +118,7 @@ def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stag
         ["--distil-c-img", "true", "--distil-weight", "nfsd", "--distil-guidance", "7.5", "--distil-deviation", "false"],
         ["--distil-weight", "sds", "--distil-teacher-steps", "2", "--distil-augment", "translation,cutout"],
         ["--start", "teacher"],
+        ["--distil-anchor", "0"],
     ],
 )
 def test_other_losses_and_conditions_give_another_student(finished, tmp_path, flags):

@@ -12,6 +12,7 @@ from flags import from_dict
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
 from toy.settings import Settings
+from toy.start import draw_pair_loss
 from toy.teacher import Standardize, make_denoiser
 
 
@@ -50,8 +51,8 @@ def make_batch(images, labels, features, classes, settings):
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def distil(folder, data, settings, student, teacher, features, device, key):
-    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
+def distil(folder, data, settings, student, teacher, pairs, features, device, key):
+    """(student with the EMA weights, seconds). pairs (start.Pairs, or None) go on to hold each noise to its image; also writes folder/student.pt, all that toy/sample.py needs."""
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     add = build_add(student, teacher, features, classes, settings, device)
@@ -72,7 +73,11 @@ def distil(folder, data, settings, student, teacher, features, device, key):
         order = labels.argsort(stable=True)  # groups of (nearly) one class: their deviation is that within the class
         images, labels = images[order], labels[order]
         batch = make_batch(images, labels, features, classes, settings)
-        log = add.step(batch, student_optimizer, heads_optimizer, generator).log
+        extra, anchor = 0.0, {}
+        if pairs is not None and settings.distil_anchor:
+            loss = draw_pair_loss(student, pairs, len(images) // 2, generator)
+            extra, anchor = settings.distil_anchor * loss, {"pairs": loss.detach()}
+        log = anchor | add.step(batch, student_optimizer, heads_optimizer, generator, extra).log
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
@@ -83,7 +88,7 @@ def distil(folder, data, settings, student, teacher, features, device, key):
         "heads_optimizer": heads_optimizer, "student_lr": lr[0], "heads_lr": lr[1], "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
-    seconds = run_loop(folder, "ADD", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
+    seconds = run_loop(folder, "ADD", parts, step, steps, key, settings)
     network.load_state_dict(ema.module.state_dict())
     write(folder / "student.pt", {
         "settings": dataclasses.asdict(settings), "classes": list(data.classes),

@@ -10,6 +10,7 @@ from toy.loop import GeneratorState, run_loop
 from toy.networks import ViT
 
 OBJECTIVES = ("classify", "summarize", "denoise", "none")
+NOISE = 0.6  # most that an F which denoises is shown
 
 
 def make_features(folder, data, settings, device, key):
@@ -51,7 +52,7 @@ def train_vit(folder, data, settings, device, key):
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        tokens = vit.states(augment_noise(images, generator) if objective == "denoise" else images)[-1]
+        tokens = vit.states(augment_noise(images, generator, NOISE) if objective == "denoise" else images)[-1]
         summary = tokens[:, 0]
         log = {"class": F.cross_entropy(classify(summary), labels)}
         loss = log["class"]
@@ -70,7 +71,7 @@ def train_vit(folder, data, settings, device, key):
         "generator": GeneratorState(generator),
     }  # fmt: skip
     steps = 0 if objective == "none" else settings.features_steps
-    seconds = run_loop(folder, "features F", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
+    seconds = run_loop(folder, "features F", parts, step, steps, key, settings)
     return vit.eval().requires_grad_(False), seconds
 
 

@@ -53,14 +53,14 @@ class Window:
         return row | {"nonfinite": self.skipped, "steps_per_second": speed, "memory_gib": peak_memory()}
 
 
-def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, log_every=10, skip_nonfinite=0):
+def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
     """Call step(i) for i = 0 … steps-1 and keep folder/checkpoint.pt and folder/log.csv; returns the seconds spent.
 
     parts maps names to what a checkpoint holds (anything with state_dict and load_state_dict); step returns a dict of
     0-d tensors, which are averaged over log_every steps into a row of the log. A checkpoint is written every
-    checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped follows); the last complete one that is there
+    settings.checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped follows); the last complete one that is there
     already, under the same key, is gone on from. A step that raises FloatingPointError, or returns what is not finite,
-    ends the run with a TrainingError; the first skip_nonfinite that only raise are counted in the log instead.
+    ends the run with a TrainingError; the first settings.skip_nonfinite that only raise are counted in the log instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
@@ -87,7 +87,7 @@ def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, l
         try:
             values = step(i)
         except FloatingPointError as error:
-            if window.skipped >= skip_nonfinite:
+            if window.skipped >= settings.skip_nonfinite:
                 raise bad(i, error) from error
             window.skipped += 1
             return
@@ -110,7 +110,7 @@ def run_loop(folder, label, parts, step, steps, key, *, checkpoint_seconds=60, l
                 row = window.row()
                 rows.append({"step": done} | row)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in CLOCKED and (v or k != "nonfinite")})
-            if stopped or done == steps or time.time() - saved > checkpoint_seconds:
+            if stopped or done == steps or time.time() - saved > settings.checkpoint_seconds:
                 checkpoint(done)
                 saved, saved_step = time.time(), done
             if stopped:

@@ -32,7 +32,7 @@ def train_metric_net(folder, data, settings, device, key):
         return {"loss": loss.detach()}
 
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "batches": batches}
-    seconds = run_loop(folder, "metric network", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
+    seconds = run_loop(folder, "metric network", parts, step, steps, key, settings)
     return network.eval().requires_grad_(False), seconds
 
 

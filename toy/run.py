@@ -71,8 +71,11 @@ def configure(arguments, given, device):
     if arguments.resume:
         if not config.exists():
             raise ValueError(f"--resume: there is no run in {folder}; name its folder with --out, or leave --resume out")
-        stored = json.loads(config.read_text())
-        preset, settings = stored["preset"], from_dict(Settings, stored["settings"] | given)
+        try:
+            stored = json.loads(config.read_text())
+            preset, settings = stored["preset"], from_dict(Settings, stored["settings"] | given)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config}: not the settings of a run ({error}); start over without --resume") from error
     return settings, preset, folder
 
 
@@ -85,6 +88,14 @@ def start_over(folder, stage, key):
             print(f"{stage}: an unfinished checkpoint is there and is not used; --resume would go on with it")
             for file in folder.joinpath(stage).glob("checkpoint.pt*"):
                 file.unlink()
+
+
+def read_results(path):
+    """results.json; {} if there is none, or none that can be read: it is soon made again."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def run(arguments, given):
@@ -116,10 +127,10 @@ def run(arguments, given):
     pairs, seconds["pairs"] = draw_pairs(folder / "pairs", teacher, shape, settings, device, keys["pairs"])
     student, seconds["start"] = make_student(folder / "start", teacher, pairs, settings, device, keys["start"])
     started = copy.deepcopy(student)
-    student, seconds["ADD"] = distil(folder / "distil", data, settings, student, teacher, features, device, keys["distil"])
+    student, seconds["ADD"] = distil(folder / "distil", data, settings, student, teacher, pairs, features, device, keys["distil"])
 
     path = folder / "results.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = read_results(path)
     if stored.get("key") != keys["eval"]:
         began = time.time()
         print("evaluation", flush=True)

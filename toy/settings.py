@@ -24,6 +24,7 @@ class Settings:
     limit: int = option(0, "use only so many training and so many test images (0: all)")
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
+    checkpoint_seconds: float = option(60.0, "time between checkpoints: what a crash costs at the most")
     skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
@@ -63,6 +64,7 @@ class Settings:
     distil_timesteps: tuple[int, ...] = option((199, 399, 599, 799), "T_student; pure noise stands in for the last")
     distil_terminal_share: float = option(0.75, "share of the student's draws at the last of them (the paper: 0.25)")
     distil_lambda: float = option(5.0, "weight of the distillation loss")
+    distil_anchor: float = option(3.0, "weight of the pairs' own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")
     distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)

@@ -57,7 +57,7 @@ def draw_pairs(folder, teacher, shape, settings, device, key):
     if settings.start == "teacher":
         return None, 0.0
     pairs = Pairs(teacher, shape, settings, device)
-    return pairs, run_loop(folder, "teacher's pairs", {"pairs": pairs}, pairs.draw, pairs.chunks, key)
+    return pairs, run_loop(folder, "teacher's pairs", {"pairs": pairs}, pairs.draw, pairs.chunks, key, settings)
 
 
 def pair_loss(student, pairs, index, generator):
@@ -68,6 +68,12 @@ def pair_loss(student, pairs, index, generator):
     fresh = torch.randn(x.shape, device=x.device, generator=generator)
     noise = torch.where(student.is_terminal(s)[:, None, None, None], pairs.noise[index], fresh)
     return (student(student.diffuse(x, noise, s), s, y) - x).square().flatten(1).mean(1)
+
+
+def draw_pair_loss(student, pairs, n, generator):
+    """pair_loss of n pairs drawn at random, its mean."""
+    index = torch.randint(len(pairs.noise), (n,), device=pairs.noise.device, generator=generator)
+    return pair_loss(student, pairs, index, generator).mean()
 
 
 def make_student(folder, teacher, pairs, settings, device, key):
@@ -83,14 +89,13 @@ def make_student(folder, teacher, pairs, settings, device, key):
     generator = torch.Generator(device).manual_seed(settings.seed + 11)
 
     def step(i):
-        index = torch.randint(len(pairs.noise), (settings.distil_batch,), device=device, generator=generator)
-        loss = pair_loss(student, pairs, index, generator).mean()
+        loss = draw_pair_loss(student, pairs, settings.distil_batch, generator)
         descend(loss, optimizer, "student's start")
         lr.step()
         ema.update_parameters(network)
         return {"loss": loss.detach()}
 
     parts = {"network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "generator": GeneratorState(generator)}
-    seconds = run_loop(folder, "student's start", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
+    seconds = run_loop(folder, "student's start", parts, step, steps, key, settings)
     network.load_state_dict(ema.module.state_dict())
     return student, seconds

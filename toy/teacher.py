@@ -87,6 +87,6 @@ def train_teacher(folder, data, settings, device, key):
         "network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
-    seconds = run_loop(folder, "teacher", parts, step, steps, key, skip_nonfinite=settings.skip_nonfinite)
+    seconds = run_loop(folder, "teacher", parts, step, steps, key, settings)
     network.load_state_dict(ema.module.state_dict())
     return denoiser.eval().requires_grad_(False), seconds
