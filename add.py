@@ -442,7 +442,7 @@ def augment_cutout(images, generator=None, ratio=0.5):
     return images * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
 
-def augment_noise(images, generator=None, ratio=0.15):
+def augment_noise(images, generator=None, ratio=0.2):
     """Unit noise times 0…ratio: hides what no eye sees, or a student fools a weak F with it (Wang et al. 2023)."""
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     return images + _uniform(images, 0, ratio, generator) * noise

@@ -19,6 +19,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
+from images import to_rgb
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_KEYS = ("text", "caption", "prompt")  # in a JSON record, the first that is there
 
@@ -214,7 +216,8 @@ def prepare(data, draw, settings):
     width, height = image.size
     if min(width, height) < settings.min_size:
         raise ValueError(f"{width}×{height} is smaller than --min-size {settings.min_size}")
-    image, size = image.convert("RGB"), settings.resolution
+    image, size = to_rgb(image), settings.resolution
+    width, height = image.size  # turned, perhaps
     scale = size / min(width, height)
     image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS)
     room = image.width - size, image.height - size

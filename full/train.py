@@ -353,7 +353,8 @@ class Trainer:
 
     def raw_batches(self):
         if self.batches is None:
-            self.batches = iter(self.loader)
+            with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which a resumed run would draw once more
+                self.batches = iter(self.loader)
         return [next(self.batches) for _ in range(self.settings.accumulate)]
 
     def validate(self, half, batch):

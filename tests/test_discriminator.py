@@ -260,7 +260,7 @@ def test_noise_by_hand(monkeypatch):
     asked = fixed_draws(monkeypatch, [0.5, 0.0])
     images = randn(2, 3, 64, 64)
     added = AUGMENTATIONS["noise"](images, generator()) - images
-    assert asked == [(0, 0.15)] and (added[1] == 0).all()
+    assert asked == [(0, 0.2)] and (added[1] == 0).all()
     n, x = added[0].numel(), added[0].flatten() / 0.5
     assert abs(x.mean()) < 5 / math.sqrt(n) and abs(x.square().mean() - 1) < 5 * math.sqrt(2 / n)
     assert abs((x[1:] * x[:-1]).mean()) < 5 / math.sqrt(n)

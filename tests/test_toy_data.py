@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from toy import data as toy_data
 from toy.data import Batches, DataError, glyphs, load, to_float, to_uint8
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -344,3 +345,71 @@ def test_folder_splits_must_have_the_same_classes(tmp_path):
     write_pictures(tmp_path / "train" / "y", 2)
     write_pictures(tmp_path / "test" / "x", 2)
     assert "different classes (y)" in error_of("folder", tmp_path)
+
+
+def _of_16_bits(path):
+    Image.fromarray(torch.full((40, 40), 40000).to(torch.uint16).numpy()).save(path)
+
+
+KINDS = {  # name: (writes it, mean of its pixels; None: it cannot be read)
+    "palette": (lambda p: Image.new("P", (40, 40), 0).save(p), 0),
+    "transparent palette": (lambda p: Image.new("P", (40, 40), 255).save(p, transparency=255), 0),
+    "16-bit": (_of_16_bits, 40000 // 256),
+    "CMYK": (lambda p: Image.new("CMYK", (40, 40), (0, 0, 0, 255)).save(p, "JPEG"), 0),
+    "transparent": (lambda p: Image.new("RGBA", (40, 40), (255, 255, 255, 0)).save(p), 0),
+    "grey with alpha": (lambda p: Image.new("LA", (40, 40), (200, 255)).save(p), 200),
+    "1×1": (lambda p: Image.new("L", (1, 1), 90).save(p), 90),
+    "20,000 wide": (lambda p: Image.new("L", (20_000, 3), 90).save(p), 90),
+    "corrupt": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), None),
+    "truncated": (lambda p: Image.effect_noise((80, 80), 50).save(p) or p.write_bytes(p.read_bytes()[:300]), None),
+    "empty": (lambda p: p.write_bytes(b""), None),
+    "text": (lambda p: p.write_text("not a picture"), None),
+    "bomb": (lambda p: p.write_bytes(b"P5 60000 60000 255 "), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write, mean", KINDS.values(), ids=KINDS)
+def test_any_picture_of_a_folder_is_read_or_named_or_left_out_and_counted(tmp_path, write, mean, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("L", (8, 8), 10 * i).save(tmp_path / name / f"{i}.png")
+    odd = tmp_path / "a" / "9.png"
+    write(odd)
+    if mean is not None:
+        images = toy_data.load("folder", tmp_path, size=8).train_images
+        assert len(images) == 6 - 1 and (images.float().mean((1, 2, 3)) - mean).abs().min() < 1.5
+        return
+    with pytest.raises(toy_data.DataError, match=f"cannot read {odd}.*--max-bad-files 1 would leave it out") as error:
+        toy_data.load("folder", tmp_path, size=8)
+    assert "\n" not in str(error.value)
+    assert len(toy_data.load("folder", tmp_path, size=8, max_bad_files=1).train_images) == 4
+    err = capsys.readouterr().err
+    assert str(odd) in err and "left out" in err
+    write(tmp_path / "b" / "9.png")
+    with pytest.raises(toy_data.DataError, match="--max-bad-files 2 would"):
+        toy_data.load("folder", tmp_path, size=8, max_bad_files=1)
+
+
+def test_a_class_whose_files_are_all_bad_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("L", (8, 8)).save(tmp_path / name / f"{i}.png") if name == "a" else (tmp_path / name / f"{i}.png").write_text("")
+    with pytest.raises(toy_data.DataError, match="no readable training image of class b"):
+        toy_data.load("folder", tmp_path, size=8, max_bad_files=9)
+
+
+def test_a_pickle_in_the_place_of_cifars_is_not_run(tmp_path):
+    """torchvision reads CIFAR-10's files by pickle, but none whose checksum is not the published one."""
+    import pickle
+
+    from test_checkpoints import Bomb
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for file in toy_data._CIFAR:
+        (folder / file).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(toy_data.DataError, match="cannot read CIFAR-10"):
+        toy_data.load("cifar10", tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from images import to_rgb
+
 NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 
 
@@ -284,18 +286,6 @@ def _interleave(pictures):
     return [(path, label) for _, label, path in sorted(ranked)]
 
 
-def _to_rgb(picture):
-    """A PIL image as 8-bit RGB: of 16 bits the upper eight, on black what was transparent."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # convert() would clip 16 bits to white
-        picture = picture.convert("I").point(lambda x: x * (1 / 256)).convert("L")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
 def _read_pictures(pictures, size, bad, max_bad_files):
     """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre cropped. Up to
     max_bad_files that cannot be read are listed in bad and left out."""
@@ -307,7 +297,7 @@ def _read_pictures(pictures, size, bad, max_bad_files):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                picture = _to_rgb(Image.open(path))
+                picture = to_rgb(Image.open(path))
         except Exception as error:  # PIL raises a dozen kinds on damaged files
             bad.append(path)
             what = f"cannot read {path} ({_one_line(error)})"

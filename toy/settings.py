@@ -47,23 +47,23 @@ class Settings:
     teacher_ema: float = option(0.995, "decay of its weights' moving average", limits=SHARE)
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
-    pairs_number: int = option(4096, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
+    pairs_number: int = option(6000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
     pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)")
-    start_steps: int = option(400, "training steps on the pairs", limits=COUNT)
-    start_lr: float = option(1e-3, "their learning rate; the batch size is ADD's", limits=RATE)
+    start_steps: int = option(1000, "training steps on the pairs", limits=COUNT)
+    start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
-    distil_steps: int = option(700, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(300, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
-    distil_student_lr: float = option(1e-3, "the student's learning rate", limits=RATE)
+    distil_student_lr: float = option(4e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 399, 599, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.75, "share of the student's draws at the last of them (the paper: 0.25)")
-    distil_lambda: float = option(5.0, "weight of the distillation loss")
+    distil_terminal_share: float = option(0.6, "share of the student's draws at the last of them (the paper: 0.25)")
+    distil_lambda: float = option(1.0, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the pairs' own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")
@@ -93,12 +93,13 @@ class Settings:
 PRESETS = {
     "cpu": {},
     "long": dict(
-        metric_steps=400, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, distil_steps=4000,
-        distil_ema=0.995, eval_images=2000,
+        metric_steps=400, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000, start_steps=4000,
+        distil_steps=1500, distil_ema=0.995, eval_images=2000,
     ),
     "gpu": dict(
         metric_steps=2000, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
-        teacher_steps=15_000, teacher_ema=0.999, distil_steps=10_000, distil_batch=128,
+        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_ddim_steps=25, start_steps=10_000,
+        distil_steps=8000, distil_batch=128,
         distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
     ),
     "tiny": dict(
