@@ -79,7 +79,7 @@ def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path)
     code, out, err = call("run.py", *TINY, "--out", folder)
     assert code == 0 and "evaluation" not in out.splitlines()
     assert before == {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
-    code, out, err = call("run.py", *TINY, "--out", folder, "--distil-lambda", "1.0")
+    code, out, err = call("run.py", *TINY, "--out", folder, "--distil-lambda", "7.0")
     assert code == 0 and "evaluation" in out.splitlines(), err
     after = {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
     assert [stage for stage in STAGES if before[stage] != after[stage]] == ["distil"]
