@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -13,6 +14,10 @@ from full.settings import from_name
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}  # diffusers' names → add.py's
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 TINY_DECODERS = {False: "madebyollin/taesd", True: "madebyollin/taesdxl"}  # by "is it SDXL?"
+
+
+# What the libraries raise on files that are missing, torn, of another kind, or pickles that want to run something.
+LOAD_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError)
 
 
 class BackboneError(ValueError):
@@ -76,7 +81,7 @@ class Backbone:
         self.name, self.path, self.device = name, from_name(name), device
         try:
             config = DiffusionPipeline.load_config(self.path)
-        except (OSError, ValueError) as error:
+        except LOAD_ERRORS as error:
             raise BackboneError(
                 f"{name}: no diffusers pipeline there, as folder or hub repository ({one_line(error)})"
             ) from error
@@ -88,7 +93,7 @@ class Backbone:
         try:
             # Always with a dtype: without one the parts come in several.
             self.pipe = DiffusionPipeline.from_pretrained(self.path, dtype=dtype, **self.extra)
-        except (OSError, ValueError, KeyError) as error:
+        except LOAD_ERRORS as error:
             raise BackboneError(f"{name}: cannot be loaded ({one_line(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
         for part in self.pipe.components.values():
@@ -151,7 +156,7 @@ class Backbone:
             path = TINY_DECODERS[self.is_xl] if settings.vae == "taesd" else settings.vae
             try:
                 decoder = AutoencoderTiny.from_pretrained(path, dtype=vae.dtype)
-            except (OSError, ValueError) as error:
+            except LOAD_ERRORS as error:
                 raise BackboneError(f"--vae {settings.vae}: no tiny decoder there ({one_line(error)})") from error
             decoder.requires_grad_(False).eval().to(self.device)
         for network in filter(None, (vae, decoder)):

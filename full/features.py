@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from add import readout
-from full.backbones import BackboneError, one_line
+from full.backbones import LOAD_ERRORS, BackboneError, one_line
 
 IMAGE_NETWORKS = {
     "dinov2-s": "facebook/dinov2-small",
@@ -25,7 +25,7 @@ def load_vit(name, dtype, what):
         config = AutoConfig.from_pretrained(path)
         kind = CLIPVisionModel if config.model_type in ("clip", "clip_vision_model") else AutoModel
         network = kind.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         names = ", ".join(IMAGE_NETWORKS)
         raise BackboneError(f"--{what} {name}: none of {names}, nor a vision model ({one_line(error)})") from error
     if network.config.model_type not in ("dinov2", "vit", "clip_vision_model"):
@@ -94,7 +94,7 @@ class TextFeatures:
                 model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
             network = open_clip.create_model(model, pretrained=weights, require_pretrained=True)  # else: random ones
             self.tokenize = open_clip.get_tokenizer(model)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except LOAD_ERRORS as error:
             raise BackboneError(
                 f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one ({one_line(error)})"
             ) from error

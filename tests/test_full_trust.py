@@ -1,0 +1,296 @@
+"""full/run.py under what happens to long runs, on the tiny checkpoint: stopped, killed, torn checkpoints, bad numbers, bad data."""
+
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_checkpoints import Bomb
+from test_full_train import checkpoints, flags, log_of, train, weights  # noqa: F401  (a fixture)
+from test_toy_trust import BAD, same
+
+import checkpoints as storage
+from checkpoints import read
+from flags import flag
+from full import data, run
+from full import train as training
+from full.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def last(out):
+    return sorted((out / "checkpoints").glob("step_*[0-9]"))[-1]
+
+
+def assert_same_run(a, b):
+    """The last checkpoint, file by file, the pipeline's weights and the log, to the bit."""
+    assert last(a).name == last(b).name
+    files = sorted(f.name for f in last(a).iterdir())
+    assert files == sorted(f.name for f in last(b).iterdir()) and "training.pt" in files
+    for name in files:
+        assert same(read(last(a) / name), read(last(b) / name)), name
+    assert same(weights(a / "pipeline"), weights(b / "pipeline"))
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]  # noqa: E731
+    assert strip(log_of(a)) == strip(log_of(b))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints, tmp_path_factory):  # noqa: F811
+    """A run of five iterations of two micro-batches that was never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    train(checkpoints, out, steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    return out
+
+
+@pytest.mark.parametrize("at, number", [(1, signal.SIGTERM), (3, signal.SIGINT)])
+def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, whole, tmp_path, at, number, monkeypatch, capsys):  # noqa: F811
+    iteration = training.Trainer.iteration
+
+    def stopping(self, batches):
+        if self.step == at:
+            signal.raise_signal(number)
+        return iteration(self, batches)
+
+    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "iteration", stopping)
+        assert run.main(flags(checkpoints, tmp_path, **more)) == 128 + number
+    assert "--resume auto" in capsys.readouterr().err and read(last(tmp_path) / "training.pt")["step"] == at + 1
+    train(checkpoints, tmp_path, "--resume", "auto", **more)
+    assert_same_run(whole, tmp_path)
+
+
+def launch(processes, *arguments):
+    """full/run.py in processes of its own, which are returned."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, ROOT / "full" / "run.py", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_two_processes_resume_to_the_bit(checkpoints, tmp_path):  # noqa: F811
+    for out, steps in (("whole", [3]), ("cut", [2, 3])):
+        for n in steps:
+            more = flags(checkpoints, tmp_path / out, steps=n, batch=2)
+            process = launch(2, *more, *(["--resume", "auto"] if n > steps[0] else []))
+            err = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, err[-3000:]
+    assert len(list(last(tmp_path / "cut").glob("process_*.pt"))) == 2
+    for name in ("training.pt", "process_0.pt", "process_1.pt"):
+        assert same(*(read(last(tmp_path / out) / name) for out in ("whole", "cut"))), name
+
+
+def killed(checkpoints, out, times, seed):  # noqa: F811
+    """Kill a run -9 so many times at random moments, then let it finish."""
+    more = flags(checkpoints, out, steps=30, batch=2, save_every=1)
+    draw, progress = random.Random(seed), 0
+    for _ in range(times):
+        process = launch(1, *more, "--resume", "auto")
+        began, folder = time.time(), out / "checkpoints"
+        while process.poll() is None and not list(folder.glob("step_*")) and time.time() - began < 60:
+            time.sleep(0.05)  # the first time: until something is being written
+        time.sleep(draw.random() * 12)
+        process.kill()
+        err = process.communicate()[1]
+        assert process.returncode in (-signal.SIGKILL, 0) and "Traceback" not in err, err[-3000:]
+        whole = [f for f in sorted(folder.glob("step_*[0-9]")) if read(f / "training.pt")["step"] >= progress]
+        assert whole  # what was there is there, and can be read
+        progress = read(whole[-1] / "training.pt")["step"]
+    train(checkpoints, out, "--resume", "auto", steps=30, batch=2, save_every=1)
+    return progress
+
+
+@pytest.mark.long
+def test_killed_twenty_times_it_goes_on(checkpoints, tmp_path):  # noqa: F811
+    train(checkpoints, tmp_path / "whole", steps=30, batch=2, save_every=1)
+    assert killed(checkpoints, tmp_path / "run", 20, seed=1) > 0
+    assert same(read(last(tmp_path / "run") / "training.pt"), read(last(tmp_path / "whole") / "training.pt"))
+
+
+def test_killed_once_it_goes_on(checkpoints, tmp_path):  # noqa: F811
+    train(checkpoints, tmp_path / "whole", steps=30, batch=2, save_every=1)
+    assert killed(checkpoints, tmp_path / "run", 1, seed=0) > 0
+    assert same(read(last(tmp_path / "run") / "training.pt"), read(last(tmp_path / "whole") / "training.pt"))
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(checkpoints, whole, tmp_path, capsys):  # noqa: F811
+    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    assert [f.name for f in sorted((whole / "checkpoints").iterdir())] == ["step_0000004", "step_0000005"]  # the last two
+    for file in ("training.pt", "process_0.pt"):
+        out = shutil.copytree(whole, tmp_path / file)
+        path = last(out) / file
+        path.write_bytes(path.read_bytes()[:-40])
+        (out / "log.jsonl").write_text("".join(line + "\n" for line in (out / "log.jsonl").read_text().splitlines()[:4]))
+        train(checkpoints, out, "--resume", "auto", **more)
+        assert f"{path} is not a checkpoint of this program, or is cut short" in capsys.readouterr().err
+        assert_same_run(whole, out)
+    for folder in (out / "checkpoints").iterdir():
+        (folder / "training.pt").write_bytes(b"")
+    assert run.main([*flags(checkpoints, out, **more), "--resume", "auto"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_another_architecture_is_named(checkpoints, whole, tmp_path, capsys):  # noqa: F811
+    more = [*flags(checkpoints, tmp_path, backbone="v"), "--resume", str(last(whole))]
+    assert run.main(more) == 2
+    assert f"--resume {last(whole)}: is of other networks or settings" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
+    write, calls = storage._Summing.write, []
+
+    def full(self, content):
+        calls.append(0)
+        if len(calls) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content)
+
+    out = tmp_path / "run"
+    train(checkpoints, out, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage._Summing, "write", full)
+        assert run.main([*flags(checkpoints, out, steps=3, save_every=1), "--resume", "auto"]) == 2
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert read(last(out) / "training.pt")["step"] == 1
+    train(checkpoints, out, "--resume", "auto", steps=3, save_every=1)
+    assert read(last(out) / "training.pt")["step"] == 3
+
+
+def test_what_is_not_finite_stops_the_run_or_is_skipped_and_counted(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
+    make_batch, calls = training.Trainer.make_batch, []
+
+    def broken(self, raw):
+        calls.append(0)
+        return make_batch(self, raw | {"image": raw["image"] * (float("nan") if len(calls) == 2 else 1)})
+
+    monkeypatch.setattr(training.Trainer, "make_batch", broken)
+    assert run.main(flags(checkpoints, tmp_path / "a", steps=3, save_every=1)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    for word in ("step 2: not finite: ", "adversarial", "gradient_norm", "step_0000001", "--skip-nonfinite N"):
+        assert word in message, message
+    calls.clear()
+    train(checkpoints, tmp_path / "b", steps=3, skip_nonfinite=1, save_every=1)
+    rows = log_of(tmp_path / "b")
+    assert [row["nonfinite"] for row in rows] == [0, 1, 1] and "adversarial" not in rows[1]
+    states = [read(tmp_path / "b" / "checkpoints" / f"step_000000{n}" / "training.pt") for n in (2, 3)]
+    assert all(x.isfinite().all() for state in states for x in state["network"].values())
+
+
+def test_the_log_tells_the_health_of_a_run(checkpoints, tmp_path):  # noqa: F811
+    train(checkpoints, tmp_path, steps=1, accumulate=2)
+    row = log_of(tmp_path)[0]
+    for name in ("gradient_adversarial", "gradient_distillation", "gradient_heads", "gradient_norm", "logit_real", "sign_fake", "r1"):
+        assert row[name] != 0, name
+    assert row["distillation"] == pytest.approx(sum(row[f"distillation_t{t}"] for t in (0, 250, 500, 750)) / 4, rel=1e-5)
+    assert row["nonfinite"] == 0 and row["discriminator_won"] in (0, 1)
+
+
+def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """A pickle with a call in it in the place of checkpoints and of every network's weights: refused, never run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    target = tmp_path / "ran"
+    torch.save({"x": Bomb(target)}, tmp_path / "bomb.pt")
+    bombs = ((tmp_path / "bomb.pt").read_bytes(), pickle.dumps(Bomb(target)))
+    places = {
+        "unet/diffusion_pytorch_model.bin": "backbone", "vae/diffusion_pytorch_model.bin": "backbone",
+        "text_encoder/pytorch_model.bin": "backbone", "pytorch_model.bin": "features", "open_clip_pytorch_model.bin": "c_text",
+    }  # fmt: skip
+    sources = dict(backbone="sd15", features="dino", c_text="clip")
+    for place, setting in places.items():
+        for bomb in bombs:
+            folder = shutil.copytree(checkpoints / sources[setting], tmp_path / "copy")
+            for weight in (folder / place).parent.glob("*.safetensors"):
+                weight.unlink()
+            (folder / place).write_bytes(bomb)
+            code = run.main(flags(checkpoints, tmp_path / "run", **{setting: folder}))
+            assert code == 2 and not target.exists(), place
+            shutil.rmtree(folder)
+    out = shutil.copytree(whole, tmp_path / "resumed")
+    for place in ("training.pt", "process_0.pt"):
+        (last(out) / place).write_bytes(bombs[0])
+        assert run.main([*flags(checkpoints, out), "--resume", str(last(out))]) == 2 and not target.exists()
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert target.exists()  # a real bomb
+
+
+PICTURES = {
+    "8-bit palette": (lambda f: Image.new("P", (80, 80)).save(f, "PNG"), True),
+    "16-bit": (lambda f: Image.fromarray(torch.full((80, 80), 40000).to(torch.uint16).numpy()).save(f, "PNG"), True),
+    "CMYK": (lambda f: Image.new("CMYK", (80, 80)).save(f, "JPEG"), True),
+    "1×1": (lambda f: Image.new("RGB", (1, 1)).save(f, "PNG"), True),
+    "20,000 wide": (lambda f: Image.new("L", (20_000, 64)).save(f, "PNG"), True),
+    "empty": (lambda f: f.write_bytes(b""), False),
+    "text": (lambda f: f.write_text("not an image"), False),
+    "truncated": (lambda f: Image.effect_noise((80, 80), 50).save(f, "JPEG") or f.write_bytes(f.read_bytes()[:600]), False),
+    "bomb": (lambda f: f.write_bytes(b"P5 60000 60000 255 "), False),
+}
+
+
+@pytest.mark.parametrize("make, usable", PICTURES.values(), ids=PICTURES)
+def test_any_picture_becomes_an_image_or_is_refused(tmp_path, make, usable):
+    file = tmp_path / "x.img"
+    make(file)
+    settings = Settings(resolution=64, random_crop=True)
+    if usable:
+        image, sizes = data.prepare(file.read_bytes(), random.Random(0), settings)
+        assert image.shape == (3, 64, 64) and -1 <= image.min() and image.max() <= 1
+        if file.read_bytes()[:4] == b"\x89PNG" and make is PICTURES["16-bit"][0]:
+            assert image.mean().item() == pytest.approx(40000 / 32768 - 1, abs=0.01)
+    else:
+        with pytest.raises((OSError, ValueError, SyntaxError, Image.DecompressionBombError)):
+            data.prepare(file.read_bytes(), random.Random(0), settings)
+
+
+def test_captions_of_any_kind_train_and_bad_samples_are_limited(checkpoints, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(checkpoints / "images", tmp_path / "images")
+    for i, text in enumerate(["", "雪の中の狐", "лиса в снегу", "ثعلب في الثلج", "🦊" * 50, "long " * 2000, "a\n\nb", "\u202eß"]):
+        (folder / f"{i:03d}.txt").write_text(text, "utf-8")
+    train(checkpoints, tmp_path / "a", data=folder, steps=3)
+    assert log_of(tmp_path / "a")[-1]["skipped"] == 0
+    for i in range(3):
+        (folder / f"{i:03d}.jpg").write_bytes(b"broken")
+    train(checkpoints, tmp_path / "b", data=folder, steps=3, max_bad_files=9)
+    assert log_of(tmp_path / "b")[-1]["skipped"] >= 3
+    assert run.main(flags(checkpoints, tmp_path / "c", data=folder, steps=3, max_bad_files=2)) == 2
+    assert "--max-bad-files 2: " in capsys.readouterr().err.splitlines()[-1]
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_flag_takes_a_value_or_names_itself(name, tmp_path, capsys):
+    for text in BAD:
+        try:
+            made = run.configure(*run.parse_arguments([f"--{flag(name)}={text}", "--out", str(tmp_path)]))
+        except ValueError as error:
+            assert f"--{flag(name)}" in str(error) and "\n" not in str(error)
+        except SystemExit as stop:
+            assert stop.code == 2 and f"--{flag(name)}" in capsys.readouterr().err.splitlines()[-1]
+        else:
+            value, (low, high) = getattr(made, name), FIELDS[name].metadata["limits"]
+            numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, int | float)]
+            assert all(low <= x <= high for x in numbers)
+
+
+def test_a_config_that_is_none_is_named(checkpoints, tmp_path, capsys):  # noqa: F811
+    for text in ("{", "[]", '{"settings": {"stepz": 1}}', json.dumps({"settings": {"steps": "many"}})):
+        (tmp_path / "config.json").write_text(text)
+        assert run.main([*flags(checkpoints, tmp_path), "--resume", "auto"]) == 2
+        assert str(tmp_path / "config.json") in capsys.readouterr().err.splitlines()[-1]
