@@ -39,6 +39,8 @@ def make_accelerator(settings, folder):
     """accelerate's Accelerator. TrainingError where bf16 or the processes asked for are not to be had."""
     if settings.precision == "bf16" and not torch.cuda.is_available():
         raise TrainingError("--precision bf16: needs a CUDA GPU, and none is here; --precision fp32 runs anywhere, slowly")
+    torch.set_float32_matmul_precision("high")  # TF32 where arithmetic is float32: heads, the U-Net's last layer
+    torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision={"bf16": "bf16", "fp32": "no"}[settings.precision],
         log_with=None if settings.tracker == "none" else settings.tracker,

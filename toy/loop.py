@@ -128,6 +128,13 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+def read_log(path):
+    """{column: [floats]} of a stage's log.csv."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+
+
 def warm_up_then_decay(step, steps, warm_up=50, floor=0.02):
     """Factor on a learning rate: rises linearly over warm_up steps, stays at 1, falls linearly over the second half."""
     return min(1.0, (step + 1) / warm_up) * min(1.0, max(floor, 2 * (1 - step / steps)))

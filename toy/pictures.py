@@ -1,13 +1,12 @@
 """The pictures of a run: samples, refinement, reconstruction targets, losses, distance against cost."""
 
-import csv
-
 import matplotlib
 import torch
 
 from add import reconstruction_target
 from toy.data import to_float
 from toy.evaluate import noise_for, sample_student, sample_teacher
+from toy.loop import read_log
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
@@ -99,13 +98,6 @@ def targets(path, student, teacher, data, settings, device, columns=10):
         show(axis, images, columns)
         axis.text(-6, images.shape[2] / 2 + 2, name, ha="right", va="center", fontsize=9)
     _save(figure, path)
-
-
-def read_log(path):
-    """{column: [floats]} of a stage's log.csv."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def curves(path, folder):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from toy.loop import read_log
+
 GOALS = {  # what the one-step student must reach, as the README says: preset → least ratio or value
     "cpu": dict(fd=1.0, fd4=0.7, accuracy=0.95, recall=0.75, variance=0.6),
     "long": dict(fd=1.0, fd4=0.7, accuracy=0.98, recall=0.9, variance=0.9),
@@ -79,6 +81,28 @@ def table(results):
     return lines
 
 
+HEALTH = {  # column of distil/log.csv → what the report says of it; toy/README.md has the healthy ranges
+    "hinge_per_head": "hinge, a head", "sign_real": "sign rate, real", "sign_fake": "sign rate, generated", "r1": "R1",
+    "gradient_adversarial": "gradient at the output, adversarial", "gradient_distillation": "gradient at the output, distillation",
+}  # fmt: skip
+
+
+def health(log):
+    """Lines on the last tenth of the ADD stage's log ({column: [values]}), and whether the discriminator had won there:
+    half of the iterations or more in which it tells 19 of 20 tokens right, real and generated."""
+    tail = {name: values[-max(1, len(values) // 10) :] for name, values in log.items()}
+    mean = {name: sum(values) / len(values) for name, values in tail.items()}
+    lines = [
+        "| " + " | ".join(HEALTH.values()) + " | steps skipped, not finite |",
+        "|" + "---|" * (len(HEALTH) + 1),
+        "| " + " | ".join(f"{mean[name]:.3g}" for name in HEALTH) + f" | {log['nonfinite'][-1]:.0f} |",
+        "",
+    ]
+    if mean["discriminator_won"] >= 0.5:
+        lines += ["**The discriminator has won**: it tells 19 of 20 tokens right, and the student learns little more. Lower --distil-heads-lr.", ""]
+    return lines
+
+
 def write_report(folder, data, settings, preset, command, results, seconds, device, memory_gib):
     """folder/report.md."""
     n = results["n"]
@@ -110,6 +134,11 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         "|---|---|---|---|",
         *(f"| {what} | {v:.3f} | {goal} | {'met' if met else '**missed**'} |" for what, v, goal, met in goals(results, preset)),
         "",
+        "## Health",
+        "",
+        "Means over the last tenth of the ADD stage's log; [what they should be](../../toy/README.md#what-the-log-tells).",
+        "",
+        *health(read_log(folder / "distil" / "log.csv")),
         "## Seconds",
         "",
         "| " + " | ".join(seconds) + " | all |",
