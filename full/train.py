@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from tqdm import tqdm
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
-from checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, sync_folder, verify, write
+from checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, sync_folder, verify, write, write_text
 from full import backbones, data, export, pictures
 from full.features import TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
@@ -350,6 +350,10 @@ class Trainer:
         self.generator.set_state(own["generator"])
         torch.set_rng_state(own["torch"])
         self.step, self.skipped, self.nonfinite = state["step"], own["skipped"], own["nonfinite"]
+        log = self.folder / "log.jsonl"
+        if self.accelerator.is_main_process and log.exists():  # what was done after the checkpoint is done again
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
     # The loop --------------------------------------------------------------------------------------------------------
 

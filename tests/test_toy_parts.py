@@ -13,7 +13,7 @@ from toy import features as toy_features
 from toy.data import Batches, Dataset
 from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
 from checkpoints import read
-from toy.loop import CLOCKED, GeneratorState, TrainingError, run_loop, warm_up_then_decay
+from toy.loop import CLOCKED, GeneratorState, TrainingError, read_log, run_loop, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT
 from flags import from_dict
@@ -113,6 +113,19 @@ def test_the_log_averages_over_its_window(tmp_path):
     assert [(r["step"], r["x"], r["nonfinite"]) for r in rows] == [("2", "2.0", "0"), ("3", "5.0", "0")]
 
 
+def test_a_log_is_cut_back_to_the_checkpoint_it_is_resumed_from(tmp_path):
+    whole = Counter().run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        Counter(10).run(tmp_path / "cut")
+    with open(tmp_path / "cut" / "log.csv", "a") as file:
+        file.write("12,9.9,0,1,1\n16,9")  # rows that a crash left behind, the last one torn
+    assert Counter().run(tmp_path / "cut") == whole
+    (tmp_path / "cut" / "log.csv").unlink()  # gone: begun anew, and a report says so
+    assert Counter().run(tmp_path / "cut")[1] == []
+    with pytest.raises(TrainingError, match="log.csv is empty; remove"):
+        read_log(tmp_path / "cut" / "log.csv")
+
+
 def failing(*steps):
     """A step that is not finite at those numbers."""
 
@@ -137,6 +150,8 @@ def test_what_is_not_finite_stops_the_run_and_names_step_loss_and_checkpoint(tmp
 def test_skipped_steps_are_counted_and_their_values_nowhere(tmp_path):
     run_loop(tmp_path, "test", {}, failing(1, 2), 4, "k", Settings(skip_nonfinite=2), log_every=2)
     assert [(r["loss"], r["nonfinite"]) for r in rows_of(tmp_path / "log.csv")] == [("0.0", "1"), ("3.0", "2")]
+    run_loop(tmp_path / "c", "test", {}, failing(0, 1), 4, "k", Settings(skip_nonfinite=2), log_every=2)  # a window of nothing
+    assert [(r["step"], r["loss"], r["nonfinite"]) for r in rows_of(tmp_path / "c" / "log.csv")] == [("4", "2.5", "2")]
     with pytest.raises(TrainingError, match="step 4: "):
         run_loop(tmp_path / "b", "test", {}, failing(1, 2, 3), 4, "k", Settings(skip_nonfinite=2), log_every=2)
 

@@ -1,6 +1,8 @@
 """The one training loop of the toy: progress bar, CSV log, checkpoints, resume. Every stage runs through it."""
 
 import csv
+import io
+import os
 import resource
 import time
 
@@ -37,6 +39,36 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Log:
+    """A CSV that grows row by row; opened at a checkpoint's length, what was written after that is cut off."""
+
+    def __init__(self, path, length=0):
+        self.path, self.names = path, None
+        if length and path.exists() and path.stat().st_size >= length:
+            os.truncate(path, length)
+            with open(path, newline="") as file:
+                self.names = next(csv.reader(file))
+        else:
+            path.write_bytes(b"")
+
+    def add(self, row):
+        """Write a row; columns that the first one had not are left out."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.names or list(row), extrasaction="ignore", lineterminator="\n")
+        if self.names is None:
+            self.names = list(row)
+            writer.writeheader()
+        writer.writerow(row)
+        with open(self.path, "a", newline="") as file:
+            file.write(text.getvalue())
+
+    def length(self):
+        """Bytes so far, all of them on the disk."""
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
+
+
 class Window:
     """The steps since the last row of the log, which is their mean."""
 
@@ -44,8 +76,10 @@ class Window:
         self.pending, self.skipped, self.began, self.count = pending, skipped, time.time(), 0
 
     def row(self):
-        """{column: value} of the steps, which are forgotten; skipped steps have no values."""
-        names = self.pending[0] if self.pending else ()
+        """{column: value} of the steps, which are forgotten; skipped steps have no values. None if all were skipped."""
+        if not self.pending:
+            return None
+        names = self.pending[0]
         row = {name: torch.stack([p[name] for p in self.pending]).float().mean().item() for name in names}
         speed = self.count / max(time.time() - self.began, 1e-9)
         self.pending.clear()
@@ -64,24 +98,24 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
-    start, seconds, rows, window = 0, 0.0, [], Window([], 0)
+    start, seconds, length, window = 0, 0.0, 0, Window([], 0)
     state = read_last(path)
     if state and state.get("key") == key:
         try:
-            start, seconds, rows, window = state["step"], state["seconds"], state["rows"], Window(state["pending"], state["skipped"])
+            start, seconds, length = state["step"], state["seconds"], state["log"]
+            window = Window(state["pending"], state["skipped"])
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise TrainingError(f"{path} does not fit this version's networks; remove {folder} to start over") from error
-    began, saved, saved_step = time.time(), time.time(), start
+    log, began, saved, saved_step = Log(folder / "log.csv", length), time.time(), time.time(), start
 
     def checkpoint(done):
         progress = {
             "key": key, "step": done, "finished": done == steps, "seconds": seconds + time.time() - began,
-            "rows": rows, "pending": window.pending, "skipped": window.skipped,
+            "log": log.length(), "pending": window.pending, "skipped": window.skipped,
         }  # fmt: skip
         write(path, progress | {name: part.state_dict() for name, part in parts.items()})
-        write_csv(folder / "log.csv", rows)
 
     def attempt(i):
         try:
@@ -106,9 +140,8 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
             attempt(i)
             window.count += 1
             done = i + 1
-            if done % log_every == 0 or done == steps:
-                row = window.row()
-                rows.append({"step": done} | row)
+            if (done % log_every == 0 or done == steps) and (row := window.row()):
+                log.add({"step": done} | row)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in CLOCKED and (v or k != "nonfinite")})
             if stopped or done == steps or time.time() - saved > settings.checkpoint_seconds:
                 checkpoint(done)
@@ -118,20 +151,12 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
     return seconds + time.time() - began
 
 
-def write_csv(path, rows):
-    """Write rows (dictionaries) with a header."""
-    with open(path, "w", newline="") as file:
-        if not rows:
-            return
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def read_log(path):
     """{column: [floats]} of a stage's log.csv."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise TrainingError(f"{path} is empty; remove {path.parent} to have that stage done again")
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
 
 
