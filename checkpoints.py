@@ -81,9 +81,9 @@ def explain(error):
 
 def one_line(error):
     """An error's message on one line; for an OSError the file, and what to do."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {explain(error)}"
-    return explain(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {explain(error)}" if error.filename else explain(error)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def write(path, state):

@@ -3,12 +3,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_toy_run import TINY, start
+from test_toy_run import ROOT, TINY
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -26,7 +28,8 @@ def test_slope_by_hand():
 @pytest.mark.long
 def test_a_long_run_keeps_its_memory_and_its_files(tmp_path):
     minutes, folder = float(os.environ.get("ADD_SOAK_MINUTES", 120)), tmp_path / "run"
-    process = start("run.py", *TINY, "--out", folder, "--distil-steps", 10**7, "--checkpoint-seconds", 5)
+    command = [sys.executable, ROOT / "toy" / "run.py", *TINY, "--out", folder, "--distil-steps", str(10**7), "--checkpoint-seconds", "5"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began, memory, sizes = time.time(), [], []
     while time.time() - began < 60 * minutes:
         time.sleep(2)
@@ -36,7 +39,7 @@ def test_a_long_run_keeps_its_memory_and_its_files(tmp_path):
             memory.append(((time.time() - began) / 3600, pages * PAGE / 2**20))
             sizes.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.suffix not in (".csv", ".tmp")))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.wait(timeout=120)
     assert process.returncode == 143
     memory, sizes = memory[len(memory) // 10 :], sizes[len(sizes) // 10 :]
     growth, mean = slope(memory), sum(y for _, y in memory) / len(memory)

@@ -102,8 +102,8 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
     state = read_last(path)
     if state and state.get("key") == key:
         try:
-            start, seconds, length = state["step"], state["seconds"], state["log"]
-            window = Window(state["pending"], state["skipped"])
+            start, seconds, length = int(state["step"]), float(state["seconds"]), int(state["log"])
+            window = Window(list(state["pending"]), int(state["skipped"]))
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
