@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there, read without running anything; signals that wait for a step's end. toy/ and
-full/ share them."""
+"""Checkpoints that are whole or not there, read without running anything; signals that wait for a step's end; the
+memory that a log tells. toy/ and full/ share them."""
 
 import errno
 import os
 import pickle
+import resource
 import signal
 import sys
 import zlib
@@ -143,6 +144,13 @@ def read_last(path, device="cpu"):
     if failed:
         raise CheckpointError(f"{failed}, nor is one before it; remove it to start over")
     return None
+
+
+def peak_memory():
+    """GiB that the process, or the GPU, has held at most."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @contextmanager

@@ -21,7 +21,18 @@ from torch.distributed.checkpoint import state_dict as dcp
 from tqdm import tqdm
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
-from checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, sync_folder, verify, write, write_text
+from checkpoints import (
+    CheckpointError,
+    Stopped,
+    one_line,
+    peak_memory,
+    postponed_signals,
+    read,
+    sync_folder,
+    verify,
+    write,
+    write_text,
+)
 from full import backbones, data, export, pictures
 from full.features import TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
@@ -397,8 +408,7 @@ class Trainer:
                     row |= {"images_per_second": images / (time.time() - began), "skipped": self.skipped, "nonfinite": self.nonfinite}
                     if row.get("discriminator_won", 0) > 0.5:
                         bar.write(f"step {self.step}: the discriminator has won: it tells 19 of 20 tokens right; its rate is too high for the student's")
-                    if self.device.type == "cuda":
-                        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                    row["memory_gib"] = peak_memory()
                     began, images = time.time(), 0
                     if main:
                         with open(self.folder / "log.jsonl", "a") as file:

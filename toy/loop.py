@@ -3,13 +3,12 @@
 import csv
 import io
 import os
-import resource
 import time
 
 import torch
 from tqdm import tqdm
 
-from checkpoints import Stopped, postponed_signals, read_last, write
+from checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
 
 
 class TrainingError(Exception):
@@ -30,13 +29,6 @@ class GeneratorState:
 
 
 CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ from run to run
-
-
-def peak_memory():
-    """GiB that the process, or the GPU, has held at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Log:
