@@ -76,7 +76,7 @@ def explain(error):
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room, or name another folder"
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "no permission to write there; name another folder"
+        return "no permission; name another file or folder"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -146,11 +146,12 @@ def read_last(path, device="cpu"):
     return None
 
 
-def peak_memory():
-    """GiB that the process, or the GPU, has held at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory(device):
+    """GiB that the CUDA device or, for any other, the process has held at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @contextmanager

@@ -9,6 +9,7 @@ skipped and counted.
 import glob
 import io
 import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,10 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # in a JSON record, the first that
 
 class DataError(ValueError):
     """Data that cannot be had or used; the message is one line."""
+
+
+class TooSmall(ValueError):
+    """An image that --min-size leaves out."""
 
 
 def caption_of(record):
@@ -118,6 +123,8 @@ class Hub(Listed):
     def read(self, i):
         row = self.table[i]
         image = row[self.image]
+        if not isinstance(row[self.caption], str):
+            raise ValueError(f"row {i} has no caption")
         return image["bytes"] or Path(image["path"]).read_bytes(), row[self.caption]
 
 
@@ -201,6 +208,8 @@ def open_source(settings):
             raise DataError(f"--data {data}: no file of such a name")
         if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise DataError(f"--data {data}: {missing[0]} is not there")
+    # A file by its whole path: webdataset would run the rest of a name that begins with "pipe:" as a command.
+    urls = [str(Path(url).absolute()) if Path(url).is_file() else url for url in urls]
     return Shards(urls, settings.seed, settings.shuffle_window)
 
 
@@ -215,7 +224,7 @@ def prepare(data, draw, settings):
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     if min(width, height) < settings.min_size:
-        raise ValueError(f"{width}×{height} is smaller than --min-size {settings.min_size}")
+        raise TooSmall(f"{width}×{height} is smaller than --min-size {settings.min_size}")
     image, size = to_rgb(image), settings.resolution
     width, height = image.size  # turned, perhaps
     scale = size / min(width, height)
@@ -260,14 +269,17 @@ class Stream(IterableDataset):
                     try:
                         data, caption = sample()
                         image, sizes = prepare(data, random.Random(seed), self.settings)
-                    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    except TooSmall as error:  # asked for: not a bad file
+                        reason = str(error)
+                        continue
+                    except Exception as error:  # whatever libraries raise on broken files; a week's run outlives it
                         skipped, reason = skipped + 1, f"{type(error).__name__}: {error}"
                         continue
                     yield {"image": image, "sizes": sizes, "caption": caption, "skipped": skipped}
                     skipped, good = 0, True
                 self.start, self.position = after, 0
             if not good:
-                raise DataError(f"--data {self.settings.data}: not one usable sample, {skipped} skipped; the last: {reason}")
+                raise DataError(f"--data {self.settings.data}: not one usable sample, {skipped} of them unreadable; the last: {reason}")
             self.epoch, self.start = self.epoch + 1, None
 
 
@@ -281,7 +293,14 @@ def collate(samples):
     }
 
 
+def _own_group(worker):
+    """A signal to the run's process group does not reach its workers: they end when the trainer has saved and ends."""
+    os.setpgid(0, 0)
+
+
 def make_loader(settings, rank=0, world=1):
     """A loader of endless batches for one process, with state_dict and load_state_dict. DataError as above."""
     stream = Stream(open_source(settings), settings, rank, world)
-    return StatefulDataLoader(stream, settings.batch, num_workers=settings.workers, collate_fn=collate)
+    return StatefulDataLoader(
+        stream, settings.batch, num_workers=settings.workers, collate_fn=collate, worker_init_fn=_own_group
+    )

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -151,6 +152,7 @@ class Trainer:
         torch.manual_seed(settings.seed * 100_003 + rank)  # F's crops
         self.generator = torch.Generator(self.device).manual_seed(settings.seed * 100_003 + rank)
         self.skipped, self.nonfinite, self.batches = 0, 0, None
+        self.won = deque(maxlen=200)  # of the last iterations: had the discriminator won?
 
     def _make_discriminator(self, dtype):
         settings, crop = self.settings, self.settings.features_crop
@@ -220,7 +222,7 @@ class Trainer:
             for optimizer in (self.optimizer, self.heads_optimizer):
                 optimizer.zero_grad(set_to_none=True)
             return None, half
-        rise = min(1.0, (self.step + 1) / max(1, settings.warm_up))
+        rise = min(1.0, self.step / max(1, settings.warm_up))
         for optimizer, lr in ((self.optimizer, settings.student_lr), (self.heads_optimizer, settings.heads_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rise
@@ -236,7 +238,7 @@ class Trainer:
             return True
         self.nonfinite += 1
         if self.nonfinite > self.settings.skip_nonfinite:
-            bad = ", ".join(name for name, x in log.items() if not x.isfinite()) or "a gradient of another process"
+            bad = ", ".join(name for name, x in log.items() if not x.isfinite())
             last = sorted((self.folder / "checkpoints").glob("step_*[0-9]"))
             raise TrainingError(
                 f"step {self.step}: not finite: {bad}; the last good checkpoint: {last[-1] if last else 'none yet'}; "
@@ -296,13 +298,15 @@ class Trainer:
         accelerator.wait_for_everyone()
         write(temporary / f"process_{accelerator.process_index}.pt", {
             "data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
-            "skipped": self.skipped, "nonfinite": self.nonfinite,
+            "skipped": self.skipped, "nonfinite": self.nonfinite, "won": list(self.won),
         })  # fmt: skip
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             sync_folder(target.parent)
+            for torn in target.parent.glob("step_*.tmp"):  # of saves that were killed
+                shutil.rmtree(torn)
             for old in sorted(target.parent.glob("step_*[0-9]"))[:-KEEP]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
@@ -323,8 +327,10 @@ class Trainer:
                     found = [str(folder)]
                     break
             if folders and found == [None]:
-                raise TrainingError(f"--resume auto: no checkpoint in {folders[0].parent} can be read; remove it to start over")
-        return broadcast_object_list(found)[0]
+                found = [False]
+        if (chosen := broadcast_object_list(found)[0]) is False:
+            raise TrainingError(f"--resume auto: no checkpoint in {self.folder / 'checkpoints'} can be read; remove it to start over")
+        return chosen
 
     def resume(self, where):
         """Go on from a checkpoint folder, or from the last whole one ("auto"; none there: from the start)."""
@@ -361,8 +367,14 @@ class Trainer:
         self.generator.set_state(own["generator"])
         torch.set_rng_state(own["torch"])
         self.step, self.skipped, self.nonfinite = state["step"], own["skipped"], own["nonfinite"]
+        self.won.extend(own["won"])
+        if not self.accelerator.is_main_process:
+            return
+        for later in (self.folder / "checkpoints").glob("step_*[0-9]"):  # what was done after the checkpoint is done again
+            if int(later.name[5:]) > self.step:
+                shutil.rmtree(later)
         log = self.folder / "log.jsonl"
-        if self.accelerator.is_main_process and log.exists():  # what was done after the checkpoint is done again
+        if log.exists():
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
@@ -372,7 +384,10 @@ class Trainer:
         if self.batches is None:
             with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which a resumed run would draw once more
                 self.batches = iter(self.loader)
-        return [next(self.batches) for _ in range(self.settings.accumulate)]
+        try:
+            return [next(self.batches) for _ in range(self.settings.accumulate)]
+        except data.DataError as error:  # a worker's comes with its traceback
+            raise data.DataError(str(error).rstrip().splitlines()[-1].removeprefix("full.data.DataError: ")) from error
 
     def validate(self, half, batch):
         """Grids of the validation prompts in 1, 2 and 4 steps with the average, and of the reconstruction targets."""
@@ -388,6 +403,20 @@ class Trainer:
                     batches = {name: image[None] for name, image in grids.items()}
                     tracker.log_images(batches, step=self.step, dataformats="NHWC")
 
+    def log_row(self, log, speed, skipped):
+        """A line of the log: the iteration's values, averaged over the processes, and the state of the run."""
+        settings, accelerator = self.settings, self.accelerator
+        row = {k: accelerator.reduce(v, "mean").item() for k, v in (log or {}).items()}
+        row |= {"images_per_second": speed, "skipped": skipped, "nonfinite": self.nonfinite, "memory_gib": peak_memory(self.device)}
+        row["discriminator_won"] = row_won = sum(self.won) > len(self.won) / 2
+        if accelerator.is_main_process:
+            if row_won:
+                tqdm.write(f"step {self.step}: the discriminator has won: it tells 19 of 20 tokens right; lower --heads-lr than {settings.heads_lr}")
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step} | row) + "\n")
+            accelerator.log(row, step=self.step)
+        return row
+
     def run(self):
         """Train to settings.steps, then write the pipeline; returns its folder. Stopped, after saving, on SIGINT and SIGTERM."""
         settings, accelerator, main = self.settings, self.accelerator, self.accelerator.is_main_process
@@ -397,27 +426,22 @@ class Trainer:
             while self.step < settings.steps:
                 raw = self.raw_batches()
                 self.skipped += sum(r["skipped"] for r in raw)
-                if self.skipped > settings.max_bad_files:
-                    raise TrainingError(f"--max-bad-files {settings.max_bad_files}: {self.skipped} samples could not be read, by step {self.step}")
-                batches = [self.make_batch(r) for r in raw]
-                log, half = self.iteration(batches)
+                log, half = self.iteration([batch := self.make_batch(r) for r in raw])
                 images += settings.batch * settings.accumulate * accelerator.num_processes
                 bar.update()
+                # Every process has to come to the same decisions: all of them count.
+                counts = torch.tensor([float(len(stopped)), float(self.skipped)], device=self.device)
+                stop, skipped = accelerator.reduce(counts, "sum").tolist()
+                if skipped > settings.max_bad_files:
+                    raise TrainingError(f"--max-bad-files {settings.max_bad_files}: {skipped:.0f} samples could not be read, by step {self.step}")
+                if log:
+                    self.won.append(accelerator.reduce(log["discriminator_won"], "mean").item() > 0.5)
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
-                    row = {k: accelerator.reduce(v, "mean").item() for k, v in (log or {}).items()}
-                    row |= {"images_per_second": images / (time.time() - began), "skipped": self.skipped, "nonfinite": self.nonfinite}
-                    if row.get("discriminator_won", 0) > 0.5:
-                        bar.write(f"step {self.step}: the discriminator has won: it tells 19 of 20 tokens right; its rate is too high for the student's")
-                    row["memory_gib"] = peak_memory()
+                    row = self.log_row(log, images / (time.time() - began), int(skipped))
+                    bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
                     began, images = time.time(), 0
-                    if main:
-                        with open(self.folder / "log.jsonl", "a") as file:
-                            file.write(json.dumps({"step": self.step} | row) + "\n")
-                        accelerator.log(row, step=self.step)
-                        bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
                 if settings.validate_every and self.step % settings.validate_every == 0:
-                    self.validate(half, batches[-1])
-                stop = bool(accelerator.reduce(torch.tensor(float(len(stopped)), device=self.device), "sum"))
+                    self.validate(half, batch)
                 if stop or self.step % settings.save_every == 0 or self.step == settings.steps:
                     self.save()
                 if stop and self.step < settings.steps:

@@ -152,9 +152,42 @@ def test_a_folder_without_data_is_refused(tmp_path, make, message):
 
 
 def test_nothing_usable_and_too_few_shards_are_refused(shards):
-    with pytest.raises(data.DataError, match=r"not one usable sample, 20 skipped; the last: ValueError: 40×48 is smaller than --min-size 99"):
+    with pytest.raises(data.DataError, match=r"not one usable sample, 0 of them unreadable; the last: 40×48 is smaller than --min-size 99"):
         next(iter(data.make_loader(settings(shards, min_size=99))))
     with pytest.raises(data.DataError, match="4 shards for 5 reading processes"):
         next(iter(data.make_loader(settings(shards), 0, 5)))
     with pytest.raises(data.DataError, match="nowhere.tar is not there"):
         data.open_source(settings(shards / "nowhere.tar"))
+
+
+def test_a_shard_whose_name_is_a_command_is_read_and_not_run(tmp_path, monkeypatch):
+    """webdataset runs what follows "pipe:" in a shell; a file of such a name is a file."""
+    monkeypatch.chdir(tmp_path)
+    name = "pipe:touch ran;#.tar"
+    write_shard(tmp_path / name, [(str(i), {"jpg": jpeg(i), "txt": b"a caption"}) for i in range(2)])
+    for where in (".", "*.tar"):
+        source = data.open_source(settings(where))
+        assert len(list(source.samples(source.urls[0]))) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("make", [lambda: 1 / 0, lambda: [].get("x"), lambda: None + 1], ids=["arithmetic", "attribute", "type"])
+def test_whatever_a_broken_sample_raises_is_counted(tmp_path, make):
+    class Source:
+        def windows(self, epoch, part, parts, start=0):
+            yield 1, [make, lambda: (jpeg(1), "fine"), make]
+
+    samples = iter(data.Stream(Source(), settings(tmp_path)))
+    first = next(samples)
+    assert first["caption"] == "fine" and next(samples)["skipped"] + first["skipped"] >= 2
+
+
+def test_images_that_min_size_leaves_out_are_no_bad_files(tmp_path):
+    class Source:
+        def windows(self, epoch, part, parts, start=0):
+            yield 1, [lambda: (jpeg(1, (20, 20)), "small"), lambda: (jpeg(1), "fine")]
+
+    samples = iter(data.Stream(Source(), settings(tmp_path, min_size=40)))
+    for _ in range(3):
+        sample = next(samples)
+        assert sample["caption"] == "fine" and sample["skipped"] == 0

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from test_checkpoints import Bomb
 from test_full_train import checkpoints, flags, log_of, train, weights  # noqa: F401  (a fixture)
-from test_toy_trust import BAD, same
+from test_toy_trust import BAD, kill_while_it_writes, same
 
 import checkpoints as storage
-from checkpoints import read
+from checkpoints import read, write
 from flags import flag
 from full import data, run
 from full import train as training
@@ -72,15 +72,15 @@ def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, who
     assert_same_run(whole, tmp_path)
 
 
-def launch(processes, *arguments):
-    """full/run.py in processes of its own, which are returned."""
+def launch(processes, *arguments, own_group=False):
+    """full/run.py in processes of its own: the first of them."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, ROOT / "full" / "run.py", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=own_group,
     )  # fmt: skip
 
 
@@ -96,37 +96,53 @@ def test_two_processes_resume_to_the_bit(checkpoints, tmp_path):  # noqa: F811
         assert same(*(read(last(tmp_path / out) / name) for out in ("whole", "cut"))), name
 
 
-def killed(checkpoints, out, times, seed):  # noqa: F811
-    """Kill a run -9 so many times at random moments, then let it finish."""
-    more = flags(checkpoints, out, steps=30, batch=2, save_every=1)
-    draw, progress = random.Random(seed), 0
-    for _ in range(times):
-        process = launch(1, *more, "--resume", "auto")
-        began, folder = time.time(), out / "checkpoints"
-        while process.poll() is None and not list(folder.glob("step_*")) and time.time() - began < 60:
-            time.sleep(0.05)  # the first time: until something is being written
-        time.sleep(draw.random() * 12)
-        process.kill()
-        err = process.communicate()[1]
-        assert process.returncode in (-signal.SIGKILL, 0) and "Traceback" not in err, err[-3000:]
-        whole = [f for f in sorted(folder.glob("step_*[0-9]")) if read(f / "training.pt")["step"] >= progress]
-        assert whole  # what was there is there, and can be read
-        progress = read(whole[-1] / "training.pt")["step"]
-    train(checkpoints, out, "--resume", "auto", steps=30, batch=2, save_every=1)
-    return progress
+def kill_and_resume(checkpoints, tmp_path, times, seed):  # noqa: F811
+    """Kill a run -9 so many times at random moments of its training, a checkpoint being written after every iteration,
+    and finish it: what was there is there and can be read, and it ends as if it had never been killed."""
+    out, draw, kills, more = tmp_path / "run", random.Random(seed), 0, dict(steps=25 * times, batch=2, save_every=1)
+    train(checkpoints, tmp_path / "whole", **more)
+    while kills < times:
+        process, folder = launch(1, *flags(checkpoints, out, **more), "--resume", "auto"), out / "checkpoints"
+        err = kill_while_it_writes(process, folder, "step_*/training.pt", 2 * draw.random())
+        assert process.returncode == -signal.SIGKILL, "the run was over before it had been killed often enough"
+        assert "Traceback" not in err and "looking for the checkpoint before it" not in err, err[-2000:]
+        kills += 1
+        step = max(read(f / "training.pt")["step"] for f in folder.glob("step_*[0-9]"))
+        logged = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines(True) if x.endswith("\n")]
+        assert step >= max(logged) - 1
+    train(checkpoints, out, "--resume", "auto", **more)
+    assert same(read(last(out) / "training.pt"), read(last(tmp_path / "whole") / "training.pt"))
+    assert not list((out / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.long
 def test_killed_twenty_times_it_goes_on(checkpoints, tmp_path):  # noqa: F811
-    train(checkpoints, tmp_path / "whole", steps=30, batch=2, save_every=1)
-    assert killed(checkpoints, tmp_path / "run", 20, seed=1) > 0
-    assert same(read(last(tmp_path / "run") / "training.pt"), read(last(tmp_path / "whole") / "training.pt"))
+    kill_and_resume(checkpoints, tmp_path, 20, seed=1)
 
 
 def test_killed_once_it_goes_on(checkpoints, tmp_path):  # noqa: F811
-    train(checkpoints, tmp_path / "whole", steps=30, batch=2, save_every=1)
-    assert killed(checkpoints, tmp_path / "run", 1, seed=0) > 0
-    assert same(read(last(tmp_path / "run") / "training.pt"), read(last(tmp_path / "whole") / "training.pt"))
+    kill_and_resume(checkpoints, tmp_path, 1, seed=0)
+
+
+def test_a_run_that_is_there_is_not_written_over(checkpoints, whole, tmp_path, capsys):  # noqa: F811
+    out = shutil.copytree(whole, tmp_path / "run")
+    assert run.main(flags(checkpoints, out)) == 2
+    assert f"--out {out}: holds a run; --resume auto goes on with it" in capsys.readouterr().err
+    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    train(checkpoints, out, "--resume", str(out / "checkpoints" / "step_0000004"), **more)  # not the last: that one goes
+    assert_same_run(whole, out)
+
+
+def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(checkpoints, tmp_path):  # noqa: F811
+    """What `timeout` and torchrun send: SIGTERM to the trainer and to its loader's workers."""
+    more = flags(checkpoints, tmp_path, steps=500, batch=2, workers=2, save_every=100)
+    process = launch(1, *more, own_group=True)
+    while process.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in err, err[-2000:]
+    assert read(last(tmp_path) / "training.pt")["step"] > 0
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(checkpoints, whole, tmp_path, capsys):  # noqa: F811
@@ -220,12 +236,17 @@ def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsy
                 weight.unlink()
             (folder / place).write_bytes(bomb)
             code = run.main(flags(checkpoints, tmp_path / "run", **{setting: folder}))
-            assert code == 2 and not target.exists(), place
+            err = capsys.readouterr().err.splitlines()[-1]
+            assert code == 2 and not target.exists() and str(folder) in err, (place, err)
             shutil.rmtree(folder)
     out = shutil.copytree(whole, tmp_path / "resumed")
     for place in ("training.pt", "process_0.pt"):
-        (last(out) / place).write_bytes(bombs[0])
+        (last(out) / place).unlink()
+        write(last(out) / place, {"step": 5, "processes": 1, "x": Bomb(target)})  # with this program's checksum
         assert run.main([*flags(checkpoints, out), "--resume", str(last(out))]) == 2 and not target.exists()
+        assert f"{place} is not a readable checkpoint (Weights only load failed" in capsys.readouterr().err
+        shutil.rmtree(out)
+        out = shutil.copytree(whole, tmp_path / "resumed")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert target.exists()  # a real bomb
 

@@ -396,8 +396,8 @@ def test_a_class_whose_files_are_all_bad_is_named(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(3):
             Image.new("L", (8, 8)).save(tmp_path / name / f"{i}.png") if name == "a" else (tmp_path / name / f"{i}.png").write_text("")
-    with pytest.raises(toy_data.DataError, match="no readable training image of class b"):
-        toy_data.load("folder", tmp_path, size=8, max_bad_files=9)
+    with pytest.raises(toy_data.DataError, match="no training image of class b"):
+        toy_data.check_classes(toy_data.load("folder", tmp_path, size=8, max_bad_files=9))
 
 
 def test_a_pickle_in_the_place_of_cifars_is_not_run(tmp_path):

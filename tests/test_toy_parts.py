@@ -138,11 +138,13 @@ def failing(*steps):
 
 
 def test_what_is_not_finite_stops_the_run_and_names_step_loss_and_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match=r"test, step 6: teacher loss is nan; .*no checkpoint .*--skip-nonfinite N"):
+    with pytest.raises(TrainingError, match=r"test, step 6: teacher loss is nan; .*none was written yet; --skip-nonfinite N"):
         run_loop(tmp_path, "test", {}, failing(5), 9, "k", Settings())
     with pytest.raises(TrainingError, match=r"step 6: .*checkpoint.pt is of step 5"):
         run_loop(tmp_path, "test", {}, failing(5), 9, "k", Settings(checkpoint_seconds=0))
     assert read(tmp_path / "checkpoint.pt")["step"] == 5
+    with pytest.raises(TrainingError, match="none was written yet"):  # that one is another run's
+        run_loop(tmp_path, "test", {}, failing(5), 9, "another key", Settings())
     with pytest.raises(TrainingError, match=r"step 1: other is inf"):  # not a loss: seen when the step is done
         run_loop(tmp_path / "b", "test", {}, lambda i: {"x": torch.ones(()), "other": torch.tensor(float("inf"))}, 9, "k", Settings())
 
@@ -184,7 +186,7 @@ def key(stage, **changes):
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),
         (dict(distil_gamma=1.0), {"distil", "eval"}),
-        (dict(eval_images=9), {"eval"}),
+        (dict(eval_images=99), {"eval"}),
         (dict(seed=9), {"data", "metric", "features", "teacher", "pairs", "start", "distil", "eval"}),
         (dict(data_dir="elsewhere"), set()),
     ],

@@ -1,8 +1,8 @@
 """toy/run.py under what happens to long runs: stopped at any step, killed, a full disk, bad files, bad flags, bad numbers."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import random
 import shutil
@@ -19,9 +19,9 @@ from test_checkpoints import Bomb
 from test_toy_parts import rows_of
 from test_toy_run import STAGES, TINY, call, finished, main_in_process  # noqa: F401  (finished is a fixture)
 
-from checkpoints import CheckpointError, read, read_last
+from checkpoints import read, read_last, write
 from flags import add_flags, flag, from_dict, show
-from toy import distil, features, metrics, run, start, teacher
+from toy import data, distil, features, metrics, run, sample, start, teacher
 from toy.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,37 +83,57 @@ def test_the_same_command_gives_the_same_run(finished, tmp_path):  # noqa: F811
     assert_same_run(finished[0], tmp_path / "again")
 
 
-def kill_and_resume(folder, whole, times, seed):
-    """Kill a run -9 so many times at random moments, checkpoints being written after every step, and finish it."""
-    longer = [*TINY, "--teacher-steps", "60", "--distil-steps", "60"]
-    flags, began = [*longer, "--out", folder, "--checkpoint-seconds", "0"], time.time()
+def newest(folder, pattern):
+    """When the last of those files was written; 0 where there are none."""
+    times = []
+    for file in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # renamed just now
+            times.append(file.stat().st_mtime)
+    return max(times, default=0)
+
+
+def kill_while_it_writes(process, folder, pattern, seconds):
+    """kill -9, so long after the process has written its first file; its stderr. RuntimeError if it does not write."""
+    began = time.time()
+    while process.poll() is None and newest(folder, pattern) < began:
+        time.sleep(0.02)
+        if time.time() - began > 120:
+            raise RuntimeError("nothing was written")
+    time.sleep(seconds)
+    process.kill()
+    return process.communicate()[1]
+
+
+def kill_and_resume(tmp_path, times, seed):
+    """Kill a run -9 so many times at random moments of its training, checkpoints being written after every step, and
+    finish it: each time it goes on from the last step but at most one, and it ends as if it had never been killed."""
+    folder, whole, draw, kills = tmp_path / "run", tmp_path / "whole", random.Random(seed), 0
+    longer = [*TINY, "--teacher-steps", str(100 * times), "--distil-steps", str(40 * times)]
     assert call("run.py", *longer, "--out", whole)[0] == 0
-    duration = time.time() - began
-    draw, progress = random.Random(seed), 0
-    for _ in range(times):
-        command = [sys.executable, ROOT / "toy" / "run.py", *map(str, flags), *(["--resume"] if (folder / "config.json").exists() else [])]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        time.sleep(duration * (0.2 + 0.8 * draw.random()))  # the first fifth is imports
-        process.kill()
-        err = process.communicate()[1]
-        assert process.returncode in (-signal.SIGKILL, 0) and "Traceback" not in err and "damaged" not in err
-        states = [read_last(folder / stage / "checkpoint.pt") for stage in STAGES]  # none of them is torn
-        done = sum(state["step"] for state in states if state)
-        assert done >= progress
-        progress = done
-    code, _, err = call("run.py", *flags, *(["--resume"] if (folder / "config.json").exists() else []))
-    assert code == 0, err
+    command = [sys.executable, ROOT / "toy" / "run.py", *longer, "--out", folder, "--checkpoint-seconds", "0"]
+    while kills < times:
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        process = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        err = kill_while_it_writes(process, folder, "*/checkpoint.pt", 2 * draw.random())
+        assert process.returncode == -signal.SIGKILL, "the run was over before it had been killed often enough"
+        assert "Traceback" not in err and "looking for the one before it" not in err
+        kills += 1
+        for stage in STAGES:
+            if state := read_last(folder / stage / "checkpoint.pt"):
+                logged = [int(row["step"]) for row in rows_of(folder / stage / "log.csv") if row["nonfinite"] is not None]
+                assert state["step"] >= max(logged, default=0) - 1, stage
+    code, _, err = call("run.py", *longer, "--out", folder, "--resume")
+    assert code == 0 and "looking for the one before it" not in err, err
     assert_same_run(whole, folder)
-    return progress
 
 
 def test_killed_three_times_it_goes_on(tmp_path):
-    assert kill_and_resume(tmp_path / "run", tmp_path / "whole", 3, seed=0) > 0
+    kill_and_resume(tmp_path, 3, seed=0)
 
 
 @pytest.mark.long
 def test_killed_twenty_times_it_goes_on(tmp_path):
-    assert kill_and_resume(tmp_path / "run", tmp_path / "whole", 20, seed=1) > 0
+    kill_and_resume(tmp_path, 20, seed=1)
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(finished, tmp_path, capsys):  # noqa: F811
@@ -157,18 +177,52 @@ def test_no_file_of_a_run_can_run_code(finished, tmp_path, capsys):  # noqa: F81
     target = tmp_path / "ran"
     for place in [*(f"{stage}/checkpoint.pt" for stage in STAGES), "distil/student.pt", "results.json", "config.json"]:
         folder = shutil.copytree(finished[0], tmp_path / "run", dirs_exist_ok=True)
-        for form in (pickle.dumps, lambda x: torch.save(x, tmp_path / "saved.pt") or (tmp_path / "saved.pt").read_bytes()):
-            (folder / place).write_bytes(form({"key": Bomb(target), "network": Bomb(target)}))
-            main_in_process(run, ["--resume", "--out", folder, "--device", "cpu", "--threads", "1"], capsys)
-            arguments = ["--run", folder, "--out", tmp_path / "x.png"]
-            assert "Traceback" not in main_in_process(run.report and __import__("toy.sample").sample, arguments, capsys)[1]
-            assert not target.exists(), place
+        (folder / place).unlink()
+        if place.endswith(".pt"):
+            write(folder / place, {"key": Bomb(target)})  # with this program's checksum
+        else:
+            (folder / place).write_bytes(pickle.dumps({"key": Bomb(target)}))
+        err = main_in_process(run, ["--resume", "--out", folder, "--device", "cpu", "--threads", "1"], capsys)[1]
+        assert "Traceback" not in err and not target.exists(), place
+        if "checkpoint" in place:
+            assert f"{folder / place} is not a readable checkpoint (Weights only load failed" in err
         shutil.rmtree(folder)
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    write(folder / "distil" / "student.pt", {"network": Bomb(target)})
+    code, err = main_in_process(sample, ["--run", folder, "--out", tmp_path / "x.png"], capsys)
+    assert code == 2 and "student.pt is not a readable checkpoint (Weights only load failed" in err and not target.exists()
+
+
+def test_a_student_of_another_version_is_named(finished, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    path = folder / "distil" / "student.pt"
+    state = read(path)
+    for change in ({"network": {}}, {"settings": {"old_name": 1}}, {"shape": []}):
+        write(path, state | change)
+        code, err = main_in_process(sample, ["--run", folder, "--out", tmp_path / "x.png"], capsys)
+        assert code == 2 and f"{path} is not a student of this version" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_an_unfinished_run_is_neither_gone_on_with_nor_thrown_away_unasked(finished, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    path = folder / "teacher" / "checkpoint.pt"
+    write(path, read(path) | {"finished": False, "step": 3})
+    code, err = main_in_process(run, [*TINY, "--out", folder], capsys)
+    assert code == 2 and "teacher is unfinished, at step 3; --resume goes on with it" in err.splitlines()[-1]
+    assert read(path)["step"] == 3
+
+
+def test_a_resumed_auto_run_keeps_its_data(tmp_path, monkeypatch, capsys):
+    """Glyphs stood in for MNIST, which could not be had; that it can be had now changes nothing."""
+    monkeypatch.setattr(data, "_fetch", lambda name, root: "no network")
+    flags = ["--preset", "tiny", "--device", "cpu", "--threads", "1", "--out", tmp_path]
+    assert main_in_process(run, flags, capsys)[0] == 0
+    monkeypatch.setattr(data, "_fetch", lambda name, root: None)
+    assert main_in_process(run, [*flags, "--resume"], capsys)[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["dataset"] == "glyphs"
 
 
 def test_a_checkpoint_that_only_seems_to_fit_is_named(finished, tmp_path, capsys):  # noqa: F811
-    from checkpoints import write
-
     folder = shutil.copytree(finished[0], tmp_path / "run")
     path = folder / "teacher" / "checkpoint.pt"
     state = read(path)

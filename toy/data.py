@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Dataset:
     test_images: Tensor  # (M, C, H, W) uint8, held out
     test_labels: Tensor  # (M,) int64
     classes: tuple[str, ...]
+    kind: str = "glyphs"  # its name for --dataset
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,10 +121,21 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     if name == "auto":
         name = "glyphs" if _fetch("mnist", root) else "mnist"
     if name == "glyphs":
-        return _load_glyphs(seed, size, limit)
-    if name == "folder":
-        return _load_folder(root, size, limit, max_bad_files)
-    return _load_torchvision(name, root, size, limit)
+        data = _load_glyphs(seed, size, limit)
+    elif name == "folder":
+        data = _load_folder(root, size, limit, max_bad_files)
+    else:
+        data = _load_torchvision(name, root, size, limit)
+    return replace(data, kind=name)
+
+
+def check_classes(data):
+    """DataError if a class has no image in a split: too small a --limit, or a folder's files are all bad."""
+    for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
+        if gone := [c for i, c in enumerate(data.classes) if not (labels == i).any()]:
+            raise DataError(
+                f"--dataset {data.kind}: no {split} image of class {gone[0]}; add some, remove the class, or take a larger --limit"
+            )
 
 
 def _count(images):
@@ -231,9 +243,6 @@ def _load_folder(root, size, limit, max_bad_files):
     bad = []
     train_images, train_labels = _read_pictures(train[:limit], size, bad, max_bad_files)
     test_images, test_labels = _read_pictures(test[:limit], size, bad, max_bad_files)
-    for split, labels in (("training", train_labels), ("test", test_labels)):
-        if gone := [name for i, name in enumerate(classes) if i not in labels]:
-            raise DataError(f"--dataset folder: no readable {split} image of class {gone[0]}; add some, or remove the class, or a larger --limit")
     if all((images == images[:, :1]).all() for images in (train_images, test_images)):  # all grey: one channel will do
         train_images, test_images = train_images[:, :1].contiguous(), test_images[:, :1].contiguous()
     name = f"folder {root} {_count(train_images)}"

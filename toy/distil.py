@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
-from checkpoints import read, write
+from checkpoints import one_line, read, write
 from flags import from_dict
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
@@ -104,7 +104,10 @@ def load_student(folder):
     if not path.exists():
         raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
     state = read(path)
-    settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
-    denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
-    denoiser.network.load_state_dict(state["network"])
+    try:
+        settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
+        denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
+        denoiser.network.load_state_dict(state["network"])
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise TrainingError(f"{path} is not a student of this version ({one_line(error)[:200]}); train it again") from error
     return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

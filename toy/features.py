@@ -9,21 +9,13 @@ from toy.data import Batches
 from toy.loop import GeneratorState, run_loop
 from toy.networks import ViT
 
-OBJECTIVES = ("classify", "summarize", "denoise", "none")
 NOISE = 0.6  # most that an F which denoises is shown
 
 
 def make_features(folder, data, settings, device, key):
-    """(F, seconds): maps images to token maps; has width, levels (how many maps) and summary(images) → (B, width).
-
-    ValueError for an unknown --features or --features-objective.
-    """
+    """(F, seconds): maps images to token maps; has width, levels (how many maps) and summary(images) → (B, width)."""
     if settings.features == "dinov2":
         return DinoV2().to(device).requires_grad_(False).eval(), 0.0
-    if settings.features != "trained":
-        raise ValueError(f"--features {settings.features}: choose trained or dinov2")
-    if settings.features_objective not in OBJECTIVES:
-        raise ValueError(f"--features-objective {settings.features_objective}: choose one of {', '.join(OBJECTIVES)}")
     return train_vit(folder, data, settings, device, key)
 
 

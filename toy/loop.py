@@ -31,6 +31,11 @@ class GeneratorState:
 CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ from run to run
 
 
+def device_at_work():
+    """The one whose memory the log tells."""
+    return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+
+
 class Log:
     """A CSV that grows row by row; opened at a checkpoint's length, what was written after that is cut off."""
 
@@ -76,7 +81,7 @@ class Window:
         speed = self.count / max(time.time() - self.began, 1e-9)
         self.pending.clear()
         self.began, self.count = time.time(), 0
-        return row | {"nonfinite": self.skipped, "steps_per_second": speed, "memory_gib": peak_memory()}
+        return row | {"nonfinite": self.skipped, "steps_per_second": speed, "memory_gib": peak_memory(device_at_work())}
 
 
 def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
@@ -100,7 +105,8 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise TrainingError(f"{path} does not fit this version's networks; remove {folder} to start over") from error
-    log, began, saved, saved_step = Log(folder / "log.csv", length), time.time(), time.time(), start
+    log, began, saved = Log(folder / "log.csv", length), time.time(), time.time()
+    saved_step = start if length else None  # of the last checkpoint under this key
 
     def checkpoint(done):
         progress = {
@@ -120,10 +126,10 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
         finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist() if values else []
         if not all(finite):  # something other than a loss or its gradient, seen when the step is done
             raise bad(i, ", ".join(f"{k} is {v.item()}" for (k, v), good in zip(values.items(), finite, strict=True) if not good))
-        window.pending.append(values)
+        window.pending.append({k: v.detach().cpu() for k, v in values.items()})  # as a resumed run has them
 
     def bad(i, what):
-        last = f"{path} is of step {saved_step}" if path.exists() else "no checkpoint was written yet"
+        last = f"{path} is of step {saved_step}" if saved_step is not None else "none was written yet"
         return TrainingError(f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; --skip-nonfinite N lets N such steps go by")
 
     with postponed_signals() as stopped:

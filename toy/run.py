@@ -14,7 +14,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import resource
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CheckpointError, Stopped, one_line, read_last, stop_on_signals, write_text
+from checkpoints import CheckpointError, Stopped, one_line, peak_memory, read_last, stop_on_signals, write_text
 from flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
@@ -59,7 +58,10 @@ def pick_device(name):
     available.append("cpu")
     if name and name.split(":")[0] not in available:
         raise ValueError(f"--device {name}: not available here; this machine has {', '.join(available)}")
-    return torch.device(name or available[0])
+    try:
+        return torch.empty(0, device=name or available[0]).device
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: not available here ({one_line(error)[:150]})") from error
 
 
 def configure(arguments, given, device):
@@ -79,15 +81,14 @@ def configure(arguments, given, device):
     return settings, preset, folder
 
 
-def start_over(folder, stage, key):
-    """Without --resume an unfinished stage is begun anew."""
-    path = folder / stage / "checkpoint.pt"
-    if path.exists():
-        state = read_last(path)
-        if state and state.get("key") == key and not state["finished"]:
-            print(f"{stage}: an unfinished checkpoint is there and is not used; --resume would go on with it")
-            for file in folder.joinpath(stage).glob("checkpoint.pt*"):
-                file.unlink()
+def refuse_unfinished(folder, stage, key):
+    """ValueError if a stage of this very run was interrupted: going on has to be asked for, and so has throwing away."""
+    state = read_last(folder / stage / "checkpoint.pt")
+    if state and state.get("key") == key and not state["finished"]:
+        raise ValueError(
+            f"--out {folder}: {stage} is unfinished, at step {state['step']}; --resume goes on with it, removing "
+            f"{folder / stage} starts it over"
+        )
 
 
 def read_results(path):
@@ -102,23 +103,27 @@ def run(arguments, given):
     """The whole job; returns the run folder."""
     device = pick_device(arguments.device)
     settings, preset, folder = configure(arguments, given, device)
-    if arguments.threads:
+    if arguments.threads is not None:
+        if not 1 <= arguments.threads <= 1024:
+            raise ValueError(f"--threads {arguments.threads}: must be from 1 to 1024")
         torch.set_num_threads(arguments.threads)
     began = time.time()
     data = datasets.load(
         settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None,
         max_bad_files=settings.max_bad_files,
     )
+    datasets.check_classes(data)
     seconds = {"data": time.time() - began}
     print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.replace(settings, dataset=data.kind)  # a resumed "auto" must not come to other data
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in STAGES}
     if not arguments.resume:
         for stage in STAGES:
-            start_over(folder, stage, keys[stage])
+            refuse_unfinished(folder, stage, keys[stage])
 
     metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
     features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
@@ -148,7 +153,7 @@ def run(arguments, given):
     seconds["pictures"] = time.time() - began
     command = "python toy/run.py " + shlex.join(sys.argv[1:])
     report.write_report(folder, data, settings, preset, command.strip(), results, seconds, device,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        peak_memory(torch.device("cpu")))
     return folder, results, preset
 
 

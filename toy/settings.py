@@ -18,9 +18,9 @@ COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 class Settings:
     """One run. The defaults are the `cpu` preset's."""
 
-    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder")
+    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder", ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder"))
     data_dir: str = option("data", "where the data set is, or is downloaded to; for folder: the folder of class folders")
-    size: int = option(32, "height and width of the images, in pixels", limits=COUNT)
+    size: int = option(32, "height and width of the images, in pixels", limits=(8, 1024))
     limit: int = option(0, "use only so many training and so many test images (0: all)")
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
@@ -29,8 +29,8 @@ class Settings:
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
 
-    features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)")
-    features_objective: str = option("denoise", "what F learns: classify, summarize, denoise or none (see toy/features.py)")
+    features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)", ("trained", "dinov2"))
+    features_objective: str = option("denoise", "what F learns: classify, summarize, denoise or none (see toy/features.py)", ("classify", "summarize", "denoise", "none"))
     features_patch: int = option(4, "patch size of F", limits=COUNT)
     features_width: int = option(96, "channels of F", limits=COUNT)
     features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block", limits=COUNT)
@@ -38,9 +38,9 @@ class Settings:
 
     teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT)
     teacher_blocks: int = option(1, "residual blocks at each resolution, down and up", limits=COUNT)
-    teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine")
+    teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine", ("scaled_linear", "linear", "cosine"))
     teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
-    teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0")
+    teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0", ("v", "epsilon", "x_0"))
     teacher_steps: int = option(950, "training steps of the teacher", limits=COUNT)
     teacher_batch: int = option(128, "its batch size", limits=COUNT)
     teacher_lr: float = option(1e-3, "its learning rate", limits=RATE)
@@ -51,7 +51,7 @@ class Settings:
     pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
-    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)")
+    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
     start_steps: int = option(1000, "training steps on the pairs", limits=COUNT)
     start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
@@ -66,19 +66,19 @@ class Settings:
     distil_lambda: float = option(1.0, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the pairs' own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
-    distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd")
+    distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
     distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)
     distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target", limits=COUNT)
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
     distil_c_s: bool = option(True, "condition the heads on the student's timestep s (not in the paper)")
-    distil_augment: tuple[str, ...] = option(("noise",), "DiffAugment before F: color, translation, cutout, noise")
+    distil_augment: tuple[str, ...] = option(("noise",), "DiffAugment before F: color, translation, cutout, noise", ("color", "translation", "cutout", "noise"))
     distil_head_width: int = option(32, "channels inside a head", limits=COUNT)
-    distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=COUNT)
+    distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=(1, 15))
     distil_deviation: bool = option(True, "show the heads how alike the images of a group are (not in the paper)")
     distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
 
-    eval_images: int = option(1000, "generated images that each figure is taken from", limits=COUNT)
+    eval_images: int = option(1000, "generated images that each figure is taken from", limits=(20, 10**6))
     eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used", limits=GUIDANCE)
     eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best", limits=COUNT)
 
@@ -88,6 +88,10 @@ class Settings:
         for name in ("teacher_widths", "distil_timesteps", "eval_guidances", "eval_steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{flag(name)}: empty; give at least one number")
+        if self.features_width % 4:
+            raise ValueError(f"--features-width {self.features_width}: must be a multiple of 4, the heads of its attention")
+        if self.size % self.features_patch:
+            raise ValueError(f"--features-patch {self.features_patch}: must divide --size {self.size}")
 
 
 PRESETS = {
@@ -110,7 +114,7 @@ PRESETS = {
 }  # fmt: skip
 
 STAGES = {  # what each stage's result depends on: fields that start with its name, and the stages before it
-    "data": ((), ("dataset", "size", "limit", "seed")),
+    "data": ((), ()),  # see stage_key
     "metric": (("data",), ()),
     "features": (("data",), ()),
     "teacher": (("data",), ()),

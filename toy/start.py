@@ -15,9 +15,6 @@ from add import Student, ddim, descend
 from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 
-STARTS = ("pairs", "teacher")
-
-
 class Pairs:
     """Pairs of noise and the image that the teacher makes of it, in the space that is diffused, classes in turn."""
 
@@ -51,9 +48,7 @@ class Pairs:
 
 
 def draw_pairs(folder, teacher, shape, settings, device, key):
-    """(Pairs, seconds); (None, 0) where the student starts as a copy of the teacher. ValueError for another --start."""
-    if settings.start not in STARTS:
-        raise ValueError(f"--start {settings.start}: choose {' or '.join(STARTS)}")
+    """(Pairs, seconds); (None, 0) where the student starts as a copy of the teacher."""
     if settings.start == "teacher":
         return None, 0.0
     pairs = Pairs(teacher, shape, settings, device)
