@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from checkpoints import stop_on_signals, write_text
 from flags import add_flags, from_dict
 from full.settings import Settings
 
@@ -25,10 +26,13 @@ def parse_arguments(argv):
     parser.add_argument("--out", type=Path, default=Path("runs/full"), help="run folder (default: runs/full)")
     parser.add_argument("--resume", metavar="X", help="auto (the last checkpoint of --out, if there is one), or a checkpoint's folder")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the pipeline to this repository when done")
+    parser.add_argument("--plan", action="store_true", help="print memory, time and GPU-hours of the run instead; needs no data or GPU")
+    parser.add_argument("--gpus", type=int, metavar="N", help="of --plan: how many (default: 1)")
+    parser.add_argument("--gpu", metavar="X", help="of --plan: a100-40, a100-80 (default), h100-80, h200-141, rtx4090-24 or l40s-48")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser.add_argument_group("settings"), Settings)
     arguments = parser.parse_args(argv)
-    own = {"out", "resume", "push_to_hub", "debug"}
+    own = {"out", "resume", "push_to_hub", "plan", "gpus", "gpu", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
 
 
@@ -36,25 +40,46 @@ def configure(arguments, given):
     """Settings from the flags; on --resume what is not given comes from the run's config.json."""
     config = arguments.out / "config.json"
     if arguments.resume and config.exists():
-        given = json.loads(config.read_text())["settings"] | given
+        try:
+            stored = json.loads(config.read_text())["settings"]
+            from_dict(Settings, stored)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config}: not the settings of a run ({error}); start over without --resume") from error
+        given = stored | given
     return from_dict(Settings, given)
 
 
+def print_plan(settings, arguments):
+    """Prints full/plan.py's report. ValueError if the batch does not fit."""
+    from full import plan
+
+    report, problem = plan.plan(settings, 1 if arguments.gpus is None else arguments.gpus, arguments.gpu or "a100-80")
+    print(report, flush=True)
+    if problem:
+        raise ValueError(problem)
+
+
 def run(arguments, given):
-    """The whole job; returns the pipeline's folder."""
+    """The whole job; returns the pipeline's folder, None for a plan."""
     settings = configure(arguments, given)
+    if arguments.plan:
+        return print_plan(settings, arguments)
+    if arguments.gpus is not None or arguments.gpu is not None:
+        raise ValueError("--gpus, --gpu: are for --plan; a run has the GPUs that `accelerate launch` gives it")
     from full import export, train  # here: --help and mistakes in flags need not wait for diffusers
 
     accelerator = train.make_accelerator(settings, arguments.out)
     main = accelerator.is_main_process
     if main:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        if not arguments.resume and any((arguments.out / "checkpoints").glob("step_*[0-9]")):
+            raise ValueError(f"--out {arguments.out}: holds a run; --resume auto goes on with it, another folder starts over")
         config = {"settings": dataclasses.asdict(settings), "commit": export.commit()}
     trainer = train.Trainer(settings, accelerator, arguments.out)
     if arguments.resume:
         trainer.resume(arguments.resume)
     if main:
-        (arguments.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(arguments.out / "config.json", json.dumps(config, indent=2) + "\n")
         count = sum(p.numel() for p in trainer.trained)
         print(
             f"student: {settings.backbone} · teacher: {settings.teacher or settings.backbone} · {count:,} trained parameters · "
@@ -71,17 +96,19 @@ def run(arguments, given):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 interrupted after saving."""
+    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 or 143 stopped by SIGINT or SIGTERM after saving."""
     arguments, given = parse_arguments(argv)
+    stop_on_signals()
     try:
         folder = run(arguments, given)
-    except KeyboardInterrupt:
-        print("\ninterrupted and saved; the same command with --resume auto goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto goes on from the last checkpoint", file=sys.stderr)
+        return getattr(stop, "code", 130)
     except Exception as error:
-        if arguments.debug or not (isinstance(error, ValueError) or type(error).__name__ == "TrainingError"):
+        mistakes = isinstance(error, (ValueError, OSError)) or type(error).__name__ in ("TrainingError", "CheckpointError")
+        if arguments.debug or not mistakes:
             raise
-        print(f"full/run.py: {error}", file=sys.stderr)
+        print(f"full/run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if folder:
         print(f"\npipeline: {folder}\nsample it: python full/sample.py --pipeline {folder} --prompt TEXT --steps 1 --out samples")

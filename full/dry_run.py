@@ -1,0 +1,276 @@
+"""train.Trainer's own iteration on torch's meta device, where tensors have shapes and no values: operations and live
+bytes of every part. Neither the method nor a network is modelled; what meta tensors lack is: autocast, fused attention.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from add import ADD, Discriminator, DiscriminatorHeads, Student
+from full.architectures import META, MetaBackbone, MetaTextFeatures, vit
+from full.backbones import Float32Conv2d, make_student_denoiser, make_teacher
+from full.train import DTYPES, Ema, Trainer
+
+STUDENT, HEADS, STEP = "student", "heads, R1, losses", "optimisers, average"
+aten = torch.ops.aten
+
+
+def _norm(x, *statistics):
+    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
+
+
+def _norm_backward(x, weight, mask):
+    return tuple(torch.empty_like(t) if wanted else None for t, wanted in zip((x, weight, weight), mask, strict=True))
+
+
+SHAPES = {  # outputs for which torch's own meta functions take half of the time
+    aten.addmm.default: lambda bias, a, b: a.new_empty(len(a), b.shape[1]),
+    aten.native_layer_norm.default: lambda x, shape, *_: _norm(x, *x.shape[: -len(shape)], *[1] * len(shape)),
+    aten.native_group_norm.default: lambda x, w, b, n, c, size, groups, eps: _norm(x, n, groups),
+    aten.native_layer_norm_backward.default: lambda g, x, s, m, r, w, b, mask: _norm_backward(x, w, mask),
+    aten.native_group_norm_backward.default: lambda g, x, m, r, w, n, c, s, groups, mask: _norm_backward(x, w, mask),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts, for each part of an iteration, operations by precision and the peak of live bytes by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.kind = HEADS, "activations"
+        self.flops, self.live, self.peaks, self.storages = Counter(), Counter(), {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = SHAPES.get(func, func)(*args, **(kwargs or {}))
+        tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
+        for t in tensors:
+            self.add(t)
+        if count := flop_registry.get(func._overloadpacket):
+            # Convolutions of float32 run as TF32, torch's default; matrix products do not.
+            rate = "bf16" if tensors[0].dtype != torch.float32 else "tf32" if "conv" in str(func) else "fp32"
+            self.flops[self.part, rate] += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def add(self, tensor, kind=None):
+        """Counts a tensor's storage once, while it lives; given a kind, under that, even if it was counted before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.storages:
+            size, kind = storage.nbytes(), kind or self.kind
+            self.storages[key] = weakref.ref(storage, lambda _: self._drop(key)), size, kind
+            self.live[kind] += size
+            if self.live.total() > self.peaks.get(self.part, Counter()).total():
+                self.peaks[self.part] = self.live.copy()
+        elif kind:
+            alive, size, before = self.storages[key]
+            self.storages[key] = alive, size, kind
+            self.live[before] -= size
+            self.live[kind] += size
+
+    def _drop(self, key):
+        _, size, kind = self.storages.pop(key)
+        self.live[kind] -= size
+
+    @contextlib.contextmanager
+    def inside(self, part, kind="activations"):
+        before = self.part, self.kind
+        self.part, self.kind = part, kind
+        try:
+            yield
+        finally:
+            self.part, self.kind = before
+
+
+def fused_attention():
+    """A context where attention never holds the N×N matrix, as on CUDA. A mask changes neither bytes nor operations."""
+    kernel = aten._scaled_dot_product_flash_attention
+    return mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: kernel(q, k, v)[0])
+
+
+class Autocast:
+    """What accelerate's bf16 autocast does to a float32 network: layers that multiply take bf16, and keep the cast of a
+    trained weight until forward ends; norms give float32. meter() counts the casts as copies."""
+
+    def __init__(self, network, meter):
+        self.forward, self.meter, self.casts, self.inside = network.forward, meter, {}, False
+        for m in network.modules():
+            if isinstance(m, nn.Linear):
+                m.forward = lambda x, m=m: F.linear(x.bfloat16(), self.cast(m.weight), self.cast(m.bias))
+            elif isinstance(m, nn.Conv2d) and not isinstance(m, Float32Conv2d):
+                m.forward = lambda x, m=m: m._conv_forward(x.bfloat16(), self.cast(m.weight), self.cast(m.bias))
+            elif isinstance(m, (nn.GroupNorm, nn.LayerNorm)):
+                m.forward = lambda x, m=m: type(m).forward(m, x.float())
+        network.forward = self
+
+    def __call__(self, *args):
+        self.inside = True
+        out = self.forward(*args).float()
+        self.casts, self.inside = {}, False
+        return out
+
+    def cast(self, p):
+        if p is None or p in self.casts:
+            return p if p is None else self.casts[p]
+        cast = p.bfloat16()
+        self.meter().add(cast, "copies")
+        if self.inside and p.requires_grad:
+            self.casts[p] = cast
+        return cast
+
+
+class DryRun(Trainer):
+    """A Trainer whose networks have no weights. whole_gradients: they stay between iterations, as DDP's buckets do.
+    cuda: the optimisers work as on CUDA, on all tensors at once; else as on CPUs."""
+
+    def __init__(self, settings, whole_gradients=False, cuda=True):
+        # Random weights, for there are none; what else is changed here changes no shape.
+        settings = dataclasses.replace(settings, init="random", zero_snr="false", features_crop=0.0)
+        self.settings, self.device, self.step, self.generator = settings, META, 0, None
+        self.whole_gradients, self.meter, frozen = whole_gradients, None, DTYPES[settings.precision]
+        self.accelerator = SimpleNamespace(
+            num_processes=1, no_sync=lambda m: contextlib.nullcontext(), backward=self._backward,
+            clip_grad_norm_=nn.utils.clip_grad_norm_,
+        )  # fmt: skip
+        self.backbone = self.teacher_backbone = MetaBackbone(settings.backbone, frozen)
+        if settings.teacher and settings.teacher != settings.backbone:
+            self.teacher_backbone = MetaBackbone(settings.teacher, frozen)
+        with META:
+            self.latents = [b.load_latents(settings) for b in (self.backbone, self.teacher_backbone)]
+            student = Student(make_student_denoiser(self.backbone, self.latents[0], settings), settings.timesteps)
+            teacher = make_teacher(self.teacher_backbone, self.latents[1])
+        discriminator = self._make_discriminator(frozen)
+        shared = self.backbone is self.teacher_backbone  # the weights of two would tell; the dearer is assumed
+        self.add = ADD(student, teacher, discriminator, self._make_config(shared)).train()
+        self.network, heads = student.denoiser.network, list(discriminator.heads.parameters())
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.ema = Ema(self.trained, settings.ema)
+        self.heads_optimizer, self.heads_states = adam(torch.optim.Adam, heads, cuda)
+        if settings.optimizer == "adamw":
+            self.optimizer, self.states = adam(torch.optim.AdamW, self.trained, cuda)
+        else:  # bitsandbytes: two bytes a parameter, two float32 for each block of 256, no temporary
+            self.optimizer = torch.optim.SGD(self.trained, foreach=False)
+            sizes = (2 * p.numel() + 8 * -(-p.numel() // 256) for p in self.trained)
+            self.states = [torch.empty(size, dtype=torch.uint8, device=META) for size in sizes]
+        for last in (self.network.unet.conv_out, teacher.network.unet.conv_out):  # Float32Conv2d without autocast
+            last.forward = lambda x, m=last: m._conv_forward(x.float(), m.weight.float(), m.bias.float())
+        if settings.precision == "bf16":
+            Autocast(self.network, lambda: self.meter)
+        self._label_parts()
+
+    def _make_discriminator(self, dtype):
+        s = self.settings
+        features = vit(s.features, dtype, s.features_size, "features")
+        self.text_features = MetaTextFeatures(s.c_text, dtype) if s.c_text != "none" else None
+        self.image_features = vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
+        heads = DiscriminatorHeads(
+            [features.width] * len(features.levels), hidden=s.head_width or None,
+            text_dim=(self.text_features.width if self.text_features else 0) + len(s.timesteps) * s.condition_on_s,
+            image_dim=self.image_features.width if self.image_features else 0,
+        )  # fmt: skip
+        return Discriminator(features, heads.to(META), s.augment)  # late: spectral norm starts with many small steps
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _label_parts(self):
+        add, denoiser = self.add, self.add.student.denoiser
+        for backbone in {self.backbone, self.teacher_backbone}:
+            self._label(backbone, "text", "text encoders")
+        if self.text_features:
+            self._label(self.text_features.network, "encode_text", "c_text")
+        if self.image_features:
+            self._label(self.image_features, "summary", "c_img")
+        self._label(denoiser, "encode", "VAE encodes x_0")
+        self._label(self.network, "forward", STUDENT)
+        self._label(denoiser, "decode", "VAE decodes x_hat")
+        self._label(add.discriminator.features, "forward", "F of x_hat", "F of x_0")
+        self._label(add.discriminator.heads, "forward", HEADS)
+        self._label(add.teacher, "encode", "VAE encodes for the teacher")
+        self._label(add.teacher.network, "forward", "teacher")
+        self._label(add.teacher, "decode", "VAE decodes the target")
+        self._label(self.optimizer, "step", STEP, kind="optimiser")
+        self._label(self.heads_optimizer, "step", STEP, kind="heads")
+        self._label(self.ema, "update", STEP)
+
+    def _label(self, owner, name, part, without_gradient=None, kind="activations"):
+        """Lets the meter see what owner.name does as `part`, and what its backward does as "part, backward"."""
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            with self.meter.inside(part if torch.is_grad_enabled() else without_gradient or part, kind):
+                out = function(*args, **kwargs)
+            last = out[-1] if isinstance(out, list) else out  # whose gradient is complete first
+            if torch.is_tensor(last) and last.requires_grad:
+                backward = part if part == HEADS else f"{part}, backward"
+                last.register_hook(lambda g: setattr(self.meter, "part", backward))
+            return out
+
+        setattr(owner, name, call)
+
+    def _is_finite(self, log):
+        return True  # what has no value cannot be asked
+
+    def _backward(self, loss):
+        with self.meter.inside(HEADS):
+            loss.backward()
+
+    # Measuring -------------------------------------------------------------------------------------------------------
+
+    def frozen(self):
+        """Every network that has no gradient. A student's backbone keeps its U-Net even where another one teaches."""
+        networks = [self.add.discriminator.features, *(latents.decoder for latents in self.latents)]
+        networks += [self.image_features, self.text_features and self.text_features.network]
+        networks += [n for b in (self.backbone, self.teacher_backbone) for n in (b.pipe.unet, b.pipe.vae, *b.texts)]
+        return [n for n in networks if n]
+
+    def measure(self, batch):
+        """({(part, precision): operations}, {part: {kind: bytes at its peak}}, {"half", "inputs": bytes}) of an
+        iteration of one micro-batch; the last: what the student's half hands on, and what it was given."""
+        self.meter, heads, size = Meter(), self.add.discriminator.heads, self.settings.resolution
+        buckets = [torch.empty_like(p) for p in self.trained] if self.whole_gradients else []
+        for p, bucket in zip(self.trained, buckets or [None] * len(self.trained), strict=True):
+            p.grad = bucket
+        for kind, tensors in {
+            "frozen": [t for n in self.frozen() for t in (*n.parameters(), *n.buffers())],
+            "weights": self.network.parameters(), "gradients": buckets, "optimiser": self.states,
+            "average": self.ema.shadows, "heads": [*heads.parameters(), *heads.buffers(), *self.heads_states],
+        }.items():  # fmt: skip
+            for t in tensors:
+                self.meter.add(t, kind)
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, kind=kind: self.meter.add(p.grad, kind))
+            for kind, parameters in (("gradients", self.trained), ("heads", heads.parameters()))
+            for p in parameters
+        ]
+        raw = {"image": torch.empty(batch, 3, size, size, device=META), "caption": [""] * batch}
+        raw["sizes"] = torch.empty(batch, 6)
+        with self.meter, fused_attention():
+            inputs = self.make_batch(raw)
+            _, half = self.iteration([inputs])
+        for hook in hooks:
+            hook.remove()
+        return self.meter.flops, self.meter.peaks, {"half": size_of(vars(half)), "inputs": size_of(vars(inputs))}
+
+
+def adam(kind, parameters, foreach):
+    """(optimiser, its states), as in the middle of a run. foreach needs a temporary as large as the parameters."""
+    optimizer = kind(parameters, foreach=foreach)
+    for p in parameters:
+        moments = {name: torch.empty_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0)} | moments
+    return optimizer, [state[name] for state in optimizer.state.values() for name in moments]
+
+
+def size_of(x):
+    """Bytes of the tensors in nested dictionaries and lists."""
+    if torch.is_tensor(x):
+        return x.untyped_storage().nbytes()
+    return sum(map(size_of, x.values() if isinstance(x, dict) else x)) if isinstance(x, (dict, list)) else 0
