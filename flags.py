@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import typing
 
-
 NUMBERS = (0, 10**9)  # what a number may be unless its option says otherwise
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from add import NoiseSchedule
-from full.backbones import PIPELINES, Backbone, BackboneError, Latents, one_line
+from full.backbones import PIPELINES, Backbone, BackboneError, one_line
 from full.features import IMAGE_NETWORKS, VisionTransformer, unit_scale
 from full.settings import BACKBONES, from_name
 
@@ -134,25 +134,13 @@ class MetaBackbone(Backbone):
         embeds = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": outputs[1].text_embeds}}
 
-    def load_latents(self, settings):
-        vae, decoder = self.pipe.vae, None
-        if settings.vae != "kl":
-            with META:
-                decoder = _freeze(tiny_decoder(settings.vae), vae.dtype)
-        for network in filter(None, (vae, decoder)):
-            if settings.checkpointing:
-                network.enable_gradient_checkpointing()
-            if settings.vae_slicing:
-                network.enable_slicing()
-        return Latents(vae, decoder)
-
-
-def tiny_decoder(name):
-    """TAESD for SD and SDXL, which is diffusers' default AutoencoderTiny, or a folder's."""
-    if name == "taesd":
-        return AutoencoderTiny()
-    load = lambda: AutoencoderTiny.from_config(AutoencoderTiny.load_config(name, local_files_only=True))  # noqa: E731
-    return _read(load, f"--vae {name}", ("kl", "taesd"))
+    def load_tiny_decoder(self, name):
+        """TAESD for SD and SDXL, which is diffusers' default AutoencoderTiny, or a folder's."""
+        with META:
+            if name == "taesd":
+                return _freeze(AutoencoderTiny(), self.pipe.vae.dtype)
+            config = _read(lambda: AutoencoderTiny.load_config(name, local_files_only=True), f"--vae {name}", ("kl", "taesd"))
+            return _freeze(AutoencoderTiny.from_config(config), self.pipe.vae.dtype)
 
 
 def vit(name, dtype, size, what):

@@ -151,20 +151,22 @@ class Backbone:
 
     def load_latents(self, settings):
         """Latents of this backbone, with the decoder that settings.vae names."""
-        vae, decoder = self.pipe.vae, None
-        if settings.vae != "kl":
-            path = TINY_DECODERS[self.is_xl] if settings.vae == "taesd" else settings.vae
-            try:
-                decoder = AutoencoderTiny.from_pretrained(path, dtype=vae.dtype)
-            except LOAD_ERRORS as error:
-                raise BackboneError(f"--vae {settings.vae}: no tiny decoder there ({one_line(error)})") from error
-            decoder.requires_grad_(False).eval().to(self.device)
+        vae, decoder = self.pipe.vae, None if settings.vae == "kl" else self.load_tiny_decoder(settings.vae)
         for network in filter(None, (vae, decoder)):
             if settings.checkpointing:
                 network.enable_gradient_checkpointing()
             if settings.vae_slicing:
                 network.enable_slicing()
         return Latents(vae, decoder)
+
+    def load_tiny_decoder(self, name):
+        """TAESD ("taesd"), or that of a folder or repository, frozen. BackboneError."""
+        path = TINY_DECODERS[self.is_xl] if name == "taesd" else name
+        try:
+            decoder = AutoencoderTiny.from_pretrained(path, dtype=self.pipe.vae.dtype)
+        except LOAD_ERRORS as error:
+            raise BackboneError(f"--vae {name}: no tiny decoder there ({one_line(error)})") from error
+        return decoder.requires_grad_(False).eval().to(self.device)
 
 
 def make_teacher(backbone, latents):

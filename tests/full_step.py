@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import add
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+import add
 from flags import from_dict
 from full import run, train
 from full.settings import Settings

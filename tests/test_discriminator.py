@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import IMAGE, TEXT, NoBackward, TinyFeatures, assert_refused, generator, naive_head
 from torch import nn
 
 import add
@@ -20,7 +21,6 @@ from add import (
     r1,
     readout,
 )
-from helpers import IMAGE, TEXT, NoBackward, TinyFeatures, assert_refused, generator, naive_head
 
 CONDITIONS = {"none": (0, 0), "text": (TEXT, 0), "image": (0, IMAGE), "both": (TEXT, IMAGE)}
 

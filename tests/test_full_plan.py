@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from full import architectures, dry_run, plan, run, train
+from full import dry_run, plan, run, train
 from full.architectures import META, MetaBackbone, MetaTextFeatures, vit
 from full.backbones import UNet
 from full.dry_run import HEADS, STEP, STUDENT, DryRun, Meter
@@ -209,8 +209,8 @@ def test_another_teacher_and_a_tiny_decoder(bare, planned):
     parts, plain = by_part(flops), planned(1)
     assert parts["VAE encodes for the teacher"] == parts["VAE encodes x_0"] > 0  # another latent space
     assert parts["VAE decodes x_hat"] < by_part(plain.operations(1))["VAE decodes x_hat"]
-    networks = [architectures.tiny_decoder(str(bare / "taesd"))] * 2  # one for each backbone
     other = MetaBackbone(str(bare / "sdxl"), torch.float32)
+    networks = [other.load_tiny_decoder(str(bare / "taesd"))] * 2  # one for each backbone
     networks += [other.pipe.unet, other.pipe.vae, *other.texts]
     more = peaks[STUDENT]["frozen"] - plain.memory("one GPU", 1)[1]["frozen"]
     assert more == pytest.approx(4 * sum(map(plan.count, networks)), rel=0.01)

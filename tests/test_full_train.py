@@ -12,11 +12,11 @@ import tiny_checkpoints as tiny
 import torch
 from diffusers import AutoPipelineForText2Image
 
+from add import Student
+from flags import from_dict
 from full import run, sample
 from full.backbones import Backbone, make_student_denoiser
 from full.settings import Settings
-from flags import from_dict
-from add import Student
 
 ROOT = Path(__file__).resolve().parent.parent
 

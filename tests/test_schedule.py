@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import TinyNet, assert_refused, generator, read_output, sd_schedule
 from torch import nn
 
 from add import Denoiser, NoiseSchedule, Student, ddim, to_x_0_and_epsilon
-from helpers import TinyNet, assert_refused, generator, read_output, sd_schedule
 
 PREDICTIONS = ("epsilon", "v", "x_0")
 

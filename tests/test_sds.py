@@ -37,11 +37,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import TinyNet, column, generator, read_output, relative, sd_schedule
 from torch import nn
 
 import add
 from add import ADD, ADDConfig, Batch, Denoiser, NoiseSchedule, Student, distance, reconstruction_target, weight
-from helpers import TinyNet, column, generator, read_output, relative, sd_schedule
 
 T = torch.arange(1, 999)
 SHAPE = (len(T), 1, 2, 3)

@@ -5,19 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from add import (
-    ADD,
-    ADDConfig,
-    AUGMENTATIONS,
-    Denoiser,
-    NoiseSchedule,
-    Student,
-    distance,
-    reconstruction_target,
-    weight,
-)
 from helpers import (
     IMAGE,
     TEXT,
@@ -36,6 +23,19 @@ from helpers import (
     naive_student_loss,
     sd_schedule,
     snapshot,
+)
+from torch import nn
+
+from add import (
+    ADD,
+    AUGMENTATIONS,
+    ADDConfig,
+    Denoiser,
+    NoiseSchedule,
+    Student,
+    distance,
+    reconstruction_target,
+    weight,
 )
 
 PREDICTIONS = ("epsilon", "v", "x_0")

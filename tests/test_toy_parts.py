@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from add import Denoiser, NoiseSchedule, Student
+from checkpoints import read
+from flags import from_dict
 from toy import features as toy_features
 from toy.data import Batches, Dataset
 from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
-from checkpoints import read
 from toy.loop import CLOCKED, GeneratorState, TrainingError, read_log, run_loop, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT
-from flags import from_dict
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.teacher import Standardize, training_target
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from test_toy_parts import rows_of
+
 from toy import run, sample
 
 ROOT = Path(__file__).resolve().parent.parent

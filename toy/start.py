@@ -15,6 +15,7 @@ from add import Student, ddim, descend
 from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 
+
 class Pairs:
     """Pairs of noise and the image that the teacher makes of it, in the space that is diffused, classes in turn."""
 
