@@ -96,6 +96,9 @@ class Backbone:
         except LOAD_ERRORS as error:
             raise BackboneError(f"{name}: cannot be loaded ({one_line(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
+        for part, tokenizer in self.pipe.components.items():  # transformers makes an empty one where there are no files
+            if part.startswith("tokenizer") and tokenizer.model_max_length > 10**6:
+                raise BackboneError(f"{name}: the files of its {part} are missing; download it again")
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval().to(device)

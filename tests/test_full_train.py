@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,35 @@ def test_a_text_encoder_without_weights_is_refused(checkpoints, tmp_path, capsys
     (folder / "open_clip_pytorch_model.bin").unlink()
     assert run.main(flags(checkpoints, tmp_path / "run", c_text=folder)) == 2
     assert f"--c-text {folder}: neither an open_clip MODEL/WEIGHTS nor a folder of one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["shards", "hugging face"])
+def test_the_other_sources_train_too(checkpoints, tmp_path, monkeypatch, kind):
+    """The folder's images and captions as webdataset shards, and as a data set that the datasets library reads."""
+    files = sorted((checkpoints / "images").glob("*.jpg"))
+    if kind == "shards":
+        for n in range(2):
+            with tarfile.open(tmp_path / f"{n:03d}.tar", "w") as tar:
+                for file in files[n::2]:
+                    tar.add(file, file.name)
+                    tar.add(file.with_suffix(".txt"), file.with_suffix(".txt").name)
+        data = f"{tmp_path}/{{000..001}}.tar"
+    else:
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "set").mkdir()
+        for file in files:
+            shutil.copy(file, tmp_path / "set")
+        lines = [json.dumps({"file_name": f.name, "text": f.with_suffix(".txt").read_text()}) for f in files]
+        (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
+        data = f"hf:{tmp_path / 'set'}"
+    train(checkpoints, tmp_path / "run", data=data)
+    assert all(row["distillation"] > 0 and row["skipped"] == 0 for row in log_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("missing", ["vae", "unet/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "model_index.json", "tokenizer"])
+def test_a_checkpoint_with_files_missing_ends_in_one_line(checkpoints, tmp_path, capsys, missing):
+    folder = shutil.copytree(checkpoints / "sd15", tmp_path / "sd15")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    assert run.main(flags(checkpoints, tmp_path / "run", backbone=folder)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"full/run.py: {folder}: ") and "Traceback" not in message
