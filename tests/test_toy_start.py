@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from add import Student, ddim
+from checkpoints import read
 from toy.settings import PRESETS, Settings
 from toy.start import Pairs, draw_pairs, make_student, pair_loss
 from toy.teacher import Standardize, make_denoiser
@@ -83,7 +84,10 @@ def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_pa
     assert seconds > 0 and loss(student) < 0.9 * loss(copied)
     assert all(torch.equal(x, before[k]) for k, x in teacher.state_dict().items())
     assert all(p.requires_grad for p in student.parameters())
-    again, _ = make_student(tmp_path, teacher, pairs, settings, CPU, "k")  # from its checkpoint: the average, not the last
+    state, weights = read(tmp_path / "checkpoint.pt"), student.denoiser.network.state_dict()
+    assert all(torch.equal(weights[k], state["ema"][f"module.{k}"]) for k in weights)  # the average, not the last
+    assert not all(torch.equal(weights[k], state["network"][k]) for k in weights)
+    again, _ = make_student(tmp_path, teacher, pairs, settings, CPU, "k")  # from its checkpoint
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
