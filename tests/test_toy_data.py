@@ -351,9 +351,15 @@ def _of_16_bits(path):
     Image.fromarray(torch.full((40, 40), 40000).to(torch.uint16).numpy()).save(path)
 
 
+def _of_a_transparent_white(path):
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(path, transparency=1)
+
+
 KINDS = {  # name: (writes it, mean of its pixels; None: it cannot be read)
     "palette": (lambda p: Image.new("P", (40, 40), 0).save(p), 0),
-    "transparent palette": (lambda p: Image.new("P", (40, 40), 255).save(p, transparency=255), 0),
+    "transparent palette": (_of_a_transparent_white, 0),
     "16-bit": (_of_16_bits, 40000 // 256),
     "CMYK": (lambda p: Image.new("CMYK", (40, 40), (0, 0, 0, 255)).save(p, "JPEG"), 0),
     "transparent": (lambda p: Image.new("RGBA", (40, 40), (255, 255, 255, 0)).save(p), 0),
@@ -373,7 +379,7 @@ def test_any_picture_of_a_folder_is_read_or_named_or_left_out_and_counted(tmp_pa
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(3):
-            Image.new("L", (8, 8), 10 * i).save(tmp_path / name / f"{i}.png")
+            Image.new("L", (8, 8), 120 + i).save(tmp_path / name / f"{i}.png")
     odd = tmp_path / "a" / "9.png"
     write(odd)
     if mean is not None:
