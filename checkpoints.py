@@ -146,6 +146,12 @@ def read_last(path, device="cpu"):
     return None
 
 
+def be_deterministic():
+    """Only algorithms that give the same bits every time; before CUDA's first use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def peak_memory(device):
     """GiB that the CUDA device or, for any other, the process has held at most."""
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from checkpoints import stop_on_signals, write_text
+from checkpoints import be_deterministic, stop_on_signals, write_text
 from flags import add_flags, from_dict
 from full.settings import Settings
 
@@ -66,6 +66,8 @@ def run(arguments, given):
         return print_plan(settings, arguments)
     if arguments.gpus is not None or arguments.gpu is not None:
         raise ValueError("--gpus, --gpu: are for --plan; a run has the GPUs that `accelerate launch` gives it")
+    if settings.deterministic:
+        be_deterministic()
     from full import export, train  # here: --help and mistakes in flags need not wait for diffusers
 
     accelerator = train.make_accelerator(settings, arguments.out)

@@ -81,6 +81,7 @@ class Settings:
     validate_every: int = option(500, "iterations between grids of the validation prompts (0: never)")
     save_every: int = option(500, "iterations between checkpoints", limits=COUNT)
     log_every: int = option(10, "iterations between lines of the log", limits=COUNT)
+    deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
     skip_nonfinite: int = option(0, "iterations whose loss or gradient may be infinite or no number; they are skipped and counted")
     max_bad_files: int = option(1_000_000, "samples that may be unreadable; they are skipped and counted")
     tracker: str = option("tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none"))

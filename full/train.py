@@ -39,7 +39,7 @@ from full.features import TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KEEP = 2  # checkpoints
+KEEP, VERSION = 2, 1  # checkpoints that stay; their form
 SHOWN = ("adversarial", "distillation", "hinge", "images_per_second")  # beside the progress bar
 
 
@@ -291,7 +291,8 @@ class Trainer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary / "training.pt", {
-                "step": self.step, "processes": accelerator.num_processes, "network": network, "average": average,
+                "version": VERSION, "data": self.settings.data, "step": self.step, "processes": accelerator.num_processes,
+                "network": network, "average": average,
                 "optimizer": optimizer, "heads": self.add.discriminator.heads.state_dict(),
                 "heads_optimizer": self.heads_optimizer.state_dict(),
             })  # fmt: skip
@@ -339,6 +340,9 @@ class Trainer:
         where, accelerator = Path(where), self.accelerator
         try:
             state = read(where / "training.pt")
+            for name, now in (("version", VERSION), ("data", self.settings.data)):
+                if state.get(name) != now:
+                    raise TrainingError(f"--resume {where}: its {name} is {state.get(name)}, not {now}; start over in another --out")
             if state["processes"] != accelerator.num_processes:
                 raise TrainingError(
                     f"--resume {where}: written by {state['processes']} processes, this run has {accelerator.num_processes}; start as many"

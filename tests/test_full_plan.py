@@ -238,8 +238,8 @@ def test_the_meter_counts_bytes_while_they_live():
     assert meter.peaks["b"] == {"weights": 400, "activations": 0, "copies": 8000, "optimiser": w.nbytes}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_autocast_holds_what_torch_holds_on_cuda(bare, checkpointing):
+@pytest.mark.parametrize("variant", ["whole", "checkpointed", "frozen in part"])
+def test_autocast_holds_what_torch_holds_on_cuda(bare, variant):
     """torch's own autocast, on tensors that claim to be on a GPU: forward's peak, what it leaves, its operations."""
     config = UNet2DConditionModel.load_config(bare / "sd15", subfolder="unet")
 
@@ -247,8 +247,9 @@ def test_autocast_holds_what_torch_holds_on_cuda(bare, checkpointing):
         with torch.device(device):
             network = UNet(UNet2DConditionModel.from_config(config))
             inputs = torch.empty(2, 4, 32, 32), torch.zeros(2, dtype=torch.long), torch.empty(2, 77, 32)
-        if checkpointing:
+        if variant == "checkpointed":
             network.unet.enable_gradient_checkpointing()
+        network.unet.down_blocks.requires_grad_(variant != "frozen in part")  # whose casts are not kept
         meter = Meter()
         wrap(network, meter)
         with meter, dry_run.fused_attention():
@@ -571,6 +572,7 @@ MISTAKES = {
 @pytest.mark.parametrize("more, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_ends_in_one_line(bare, capsys, monkeypatch, more, words):
     monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the plan went to the network"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     paths = {"DINO": str(bare / "dino"), "TEXT": str(bare / "sd15" / "text_encoder")}
     assert run.main([*flags(bare), *(paths.get(x, x) for x in more)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]

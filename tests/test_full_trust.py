@@ -168,6 +168,21 @@ def test_a_checkpoint_of_another_architecture_is_named(checkpoints, whole, tmp_p
     assert f"--resume {last(whole)}: is of other networks or settings" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_data_set_or_version_is_named(checkpoints, whole, tmp_path, capsys):  # noqa: F811
+    other = shutil.copytree(checkpoints / "images", tmp_path / "others")
+    assert run.main([*flags(checkpoints, tmp_path / "run", data=other), "--resume", str(last(whole))]) == 2
+    assert f"its data is {checkpoints / 'images'}, not {other}" in capsys.readouterr().err
+    folder = shutil.copytree(last(whole), tmp_path / "old")
+    write(folder / "training.pt", {k: v for k, v in read(folder / "training.pt").items() if k != "version"})
+    assert run.main([*flags(checkpoints, tmp_path / "run"), "--resume", str(folder)]) == 2
+    assert "its version is None, not 1" in capsys.readouterr().err
+
+
+def test_the_same_command_gives_the_same_run(checkpoints, whole, tmp_path):  # noqa: F811
+    train(checkpoints, tmp_path, steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    assert_same_run(whole, tmp_path)
+
+
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
     write, calls = storage._Summing.write, []
 
@@ -241,7 +256,7 @@ def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsy
     out = shutil.copytree(whole, tmp_path / "resumed")
     for place in ("training.pt", "process_0.pt"):
         (last(out) / place).unlink()
-        write(last(out) / place, {"step": 5, "processes": 1, "x": Bomb(target)})  # with this program's checksum
+        write(last(out) / place, {"step": 5, "x": Bomb(target)})  # with this program's checksum
         assert run.main([*flags(checkpoints, out), "--resume", str(last(out))]) == 2 and not target.exists()
         assert f"{place} is not a readable checkpoint (Weights only load failed" in capsys.readouterr().err
         shutil.rmtree(out)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import TinyNet, assert_refused, generator, read_output, sd_schedule
+from hypothesis import given, settings, strategies
 from torch import nn
 
 from add import Denoiser, NoiseSchedule, Student, ddim, to_x_0_and_epsilon
@@ -415,3 +416,31 @@ def test_student_timesteps_are_uniform_unless_the_terminal_one_has_a_share(share
 def test_terminal_share_must_be_a_share(share):
     with pytest.raises(ValueError, match="terminal_share="):
         Student(Denoiser(lambda x, t, cond: x, NoiseSchedule.cosine(), "x_0"), terminal_share=share)
+
+
+# Properties, for schedules and numbers that hypothesis thinks of -------------------------------------------------------
+
+BETAS = strategies.lists(strategies.floats(1e-6, 0.999), min_size=2, max_size=50).map(lambda x: torch.tensor(x, dtype=torch.float64))
+VALUE = strategies.floats(-100, 100)
+
+
+@settings(max_examples=100, deadline=None)
+@given(BETAS)
+def test_any_betas_preserve_variance_and_lose_signal(betas):
+    schedule = NoiseSchedule.from_betas(betas)
+    torch.testing.assert_close(schedule.alpha**2 + schedule.sigma**2, torch.ones(len(betas), dtype=torch.float64))
+    assert (schedule.alpha.diff() <= 0).all() and schedule.alpha[0] ** 2 == pytest.approx(1 - betas[0].item())
+    if schedule.alpha[-1] < schedule.alpha[0]:
+        rescaled = schedule.zero_terminal_snr()
+        assert rescaled.alpha[-1] == 0 and rescaled.sigma[-1] == 1 and rescaled.has_zero_terminal_snr
+        assert rescaled.alpha[0].item() == pytest.approx(schedule.alpha[0].item())
+
+
+@settings(max_examples=100, deadline=None)
+@given(VALUE, VALUE, strategies.floats(0.01, 0.99), strategies.sampled_from(PREDICTIONS))
+def test_any_output_is_read_back_as_what_it_was_made_of(x_0, noise, alpha_squared, prediction):
+    alpha, sigma = (torch.tensor(v, dtype=torch.float64).sqrt() for v in (alpha_squared, 1 - alpha_squared))
+    x_0, noise = torch.tensor([x_0], dtype=torch.float64), torch.tensor([noise], dtype=torch.float64)
+    output = {"epsilon": noise, "v": alpha * noise - sigma * x_0, "x_0": x_0}[prediction]
+    back = to_x_0_and_epsilon(output, alpha * x_0 + sigma * noise, alpha, sigma, prediction)
+    torch.testing.assert_close(torch.cat(back), torch.cat([x_0, noise]), rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import nn
 
 from add import Denoiser, NoiseSchedule, Student
@@ -36,6 +37,16 @@ def test_frechet_distance_is_symmetric_for_covariances_that_do_not_commute():
     g = torch.Generator().manual_seed(1)
     x, y = (torch.randn(500, 4, generator=g) @ torch.randn(4, 4, generator=g) for _ in range(2))
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9) and frechet_distance(x, y) > 0.1
+
+
+@settings(max_examples=30, deadline=None)
+@given(strategies.integers(0, 10**6), strategies.floats(0.1, 10), strategies.floats(-5, 5))
+def test_frechet_distance_is_0_of_a_set_to_itself_symmetric_and_the_shift_squared(seed, scale, shift):
+    x = scale * torch.randn(60, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    y = x @ torch.diag(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)) + 1
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6 * scale**2)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-6) and frechet_distance(x, y) > 0
+    assert frechet_distance(x, x + shift) == pytest.approx(3 * shift**2, rel=1e-6, abs=1e-6 * scale**2)
 
 
 def test_coverage_is_the_share_inside_the_nearest_neighbour_balls():

@@ -92,6 +92,11 @@ def newest(folder, pattern):
     return max(times, default=0)
 
 
+def test_deterministic_algorithms_train_too(tmp_path):
+    code, _, err = call("run.py", *TINY, "--out", tmp_path, "--deterministic", "true")
+    assert code == 0, err
+
+
 def kill_while_it_writes(process, folder, pattern, seconds):
     """kill -9, so long after the process has written its first file; its stderr. RuntimeError if it does not write."""
     began = time.time()

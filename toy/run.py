@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CheckpointError, Stopped, one_line, peak_memory, read_last, stop_on_signals, write_text
+from checkpoints import CheckpointError, Stopped, be_deterministic, one_line, peak_memory, read_last, stop_on_signals, write_text
 from flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
@@ -107,6 +107,8 @@ def run(arguments, given):
         if not 1 <= arguments.threads <= 1024:
             raise ValueError(f"--threads {arguments.threads}: must be from 1 to 1024")
         torch.set_num_threads(arguments.threads)
+    if settings.deterministic:
+        be_deterministic()
     began = time.time()
     data = datasets.load(
         settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None,

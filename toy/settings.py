@@ -25,6 +25,7 @@ class Settings:
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
     checkpoint_seconds: float = option(60.0, "time between checkpoints: what a crash costs at the most")
+    deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
     skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
