@@ -1,7 +1,8 @@
 """Train a teacher, distil it with ADD, look at the pictures and the table: python toy/run.py
 
-Stages: data, metric network, feature network F, teacher, ADD, evaluation, report. Each is kept in the run folder and
-reused when its settings are the same. Ctrl-C leaves a run that `--resume` goes on with.
+Stages: data, metric network, feature network F, teacher, its pairs of noise and image, the student's start on them, ADD,
+evaluation, report. Each is kept in the run folder and reused when its settings are the same. Ctrl-C leaves a run that
+`--resume` goes on with.
 """
 
 import os
