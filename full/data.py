@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from images import to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TOLD = 10  # bad samples that a reading process names
 CAPTION_KEYS = ("text", "caption", "prompt")  # in a JSON record, the first that is there
 
 
@@ -93,6 +95,9 @@ class Folder(Listed):
     def __len__(self):
         return len(self.files)
 
+    def name(self, i):
+        return str(self.files[i])
+
     def read(self, i):
         file = self.files[i]
         caption = self.captions[file] if self.captions else file.with_suffix(".txt").read_text("utf-8").strip()
@@ -119,6 +124,9 @@ class Hub(Listed):
 
     def __len__(self):
         return len(self.table)
+
+    def name(self, i):
+        return f"row {i}"
 
     def read(self, i):
         row = self.table[i]
@@ -237,6 +245,14 @@ def prepare(data, draw, settings):
     return pil_to_tensor(image).float() / 127.5 - 1, torch.tensor([height, width, top, left, size, size])
 
 
+def name_of(sample):
+    """What a raw sample is called in its source: its file, its row, or its shard and key."""
+    first = getattr(sample, "args", ("",))[0]
+    if isinstance(first, dict):
+        return f"{first.get('__url__', 'a shard')}, {first['__key__']}"
+    return sample.func.__self__.name(first) if isinstance(first, int) else str(first)
+
+
 class Stream(IterableDataset):
     """Endless samples of one process; in a loader's worker, that worker's share of them."""
 
@@ -256,7 +272,7 @@ class Stream(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         part, parts = self.rank * workers + number, self.world * workers
-        skipped, good, reason = 0, False, ""
+        skipped, told, good, reason = 0, 0, False, ""
         while True:
             place = {} if self.start is None else {"start": self.start}
             good |= bool(place or self.position)  # the rest of an epoch may well be empty
@@ -273,7 +289,11 @@ class Stream(IterableDataset):
                         reason = str(error)
                         continue
                     except Exception as error:  # whatever libraries raise on broken files; a week's run outlives it
-                        skipped, reason = skipped + 1, f"{type(error).__name__}: {error}"
+                        skipped, told, reason = skipped + 1, told + 1, f"{type(error).__name__}: {error}"
+                        if told <= TOLD:
+                            last = "; later ones are only counted" if told == TOLD else ""
+                            what = f"{name_of(sample)}: {' '.join(reason.split())[:300]}"
+                            print(f"--data: a sample is skipped ({what}){last}", file=sys.stderr, flush=True)
                         continue
                     yield {"image": image, "sizes": sizes, "caption": caption, "skipped": skipped}
                     skipped, good = 0, True

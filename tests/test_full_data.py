@@ -172,7 +172,7 @@ def test_a_shard_whose_name_is_a_command_is_read_and_not_run(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("make", [lambda: 1 / 0, lambda: [].get("x"), lambda: None + 1], ids=["arithmetic", "attribute", "type"])
-def test_whatever_a_broken_sample_raises_is_counted(tmp_path, make):
+def test_whatever_a_broken_sample_raises_is_counted_and_the_first_are_named(tmp_path, make, capsys):
     class Source:
         def windows(self, epoch, part, parts, start=0):
             yield 1, [make, lambda: (jpeg(1), "fine"), make]
@@ -180,6 +180,11 @@ def test_whatever_a_broken_sample_raises_is_counted(tmp_path, make):
     samples = iter(data.Stream(Source(), settings(tmp_path)))
     first = next(samples)
     assert first["caption"] == "fine" and next(samples)["skipped"] + first["skipped"] >= 2
+    for _ in range(10):
+        next(samples)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and all("a sample is skipped" in line and "Error: " in line for line in lines)
+    assert lines[-1].endswith("later ones are only counted")
 
 
 def test_images_that_min_size_leaves_out_are_no_bad_files(tmp_path):
@@ -191,3 +196,21 @@ def test_images_that_min_size_leaves_out_are_no_bad_files(tmp_path):
     for _ in range(3):
         sample = next(samples)
         assert sample["caption"] == "fine" and sample["skipped"] == 0
+
+
+def test_a_skipped_sample_is_named_by_file_row_or_key(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tiny.write_images(tmp_path / "images", 3, (40, 40))
+    (folder / "001.jpg").write_bytes(b"no image")
+    shard = tmp_path / "0.tar"
+    write_shard(shard, [("good", {"jpg": jpeg(1), "txt": b"a"}), ("bad", {"jpg": b"no image", "txt": b"b"})])
+    rows = tiny.write_images(tmp_path / "rows", 3, (40, 40))
+    for file in rows.glob("*.txt"):
+        file.unlink()
+    (rows / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i:03d}.jpg", "text": f"{i}"}) for i in range(3)))
+    (rows / "001.jpg").write_bytes(b"no image")
+    for where, name in ((folder, f"{folder / '001.jpg'}: "), (shard, f"{shard}, bad: "), (f"hf:{rows}", "row 1: ")):
+        samples = iter(data.Stream(data.open_source(settings(where)), settings(where)))
+        for _ in range(4):
+            next(samples)
+        assert f"a sample is skipped ({name}UnidentifiedImageError" in capsys.readouterr().err
