@@ -55,8 +55,7 @@ class Meter(TorchDispatchMode):
         for t in tensors:
             self.add(t)
         if count := flop_registry.get(func._overloadpacket):
-            # Convolutions of float32 run as TF32, torch's default; matrix products do not.
-            rate = "bf16" if tensors[0].dtype != torch.float32 else "tf32" if "conv" in str(func) else "fp32"
+            rate = "tf32" if tensors[0].dtype == torch.float32 else "bf16"  # as make_accelerator has it
             self.flops[self.part, rate] += count(*args, **(kwargs or {}), out_val=out)
         return out
 

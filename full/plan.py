@@ -19,24 +19,23 @@ NODE, NETWORK = 8, 25e9  # more GPUs than NODE talk through a network: 200 Gb/s 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Vendors' figures: dense bf16 with float32 sums, float32 without tensor cores, one direction of the link."""
+    """Vendors' figures: dense bf16 with float32 sums, one direction of the link."""
 
     memory: float  # bytes that PyTorch has ("total capacity" in its out-of-memory messages), less than on the box
     bf16: float  # operations a second; TF32 has half of it on all of these
-    fp32: float
     link: float  # bytes/s to the other GPUs of the node: NVLink, or PCIe 4.0 x16
 
     def rates(self):
-        return {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}
+        return {"bf16": self.bf16, "tf32": self.bf16 / 2}
 
 
 GPUS = {
-    "a100-40": Gpu(39.4 * 2**30, 312e12, 19.5e12, 300e9),
-    "a100-80": Gpu(79.1 * 2**30, 312e12, 19.5e12, 300e9),
-    "h100-80": Gpu(79.1 * 2**30, 989e12, 67e12, 450e9),
-    "h200-141": Gpu(139.0 * 2**30, 989e12, 67e12, 450e9),
-    "rtx4090-24": Gpu(23.5 * 2**30, 165e12, 82.6e12, 32e9),
-    "l40s-48": Gpu(44.4 * 2**30, 362e12, 91.6e12, 32e9),
+    "a100-40": Gpu(39.4 * 2**30, 312e12, 300e9),
+    "a100-80": Gpu(79.1 * 2**30, 312e12, 300e9),
+    "h100-80": Gpu(79.1 * 2**30, 989e12, 450e9),
+    "h200-141": Gpu(139.0 * 2**30, 989e12, 450e9),
+    "rtx4090-24": Gpu(23.5 * 2**30, 165e12, 32e9),
+    "l40s-48": Gpu(44.4 * 2**30, 362e12, 32e9),
 }
 KINDS = {  # of memory, as dry_run.py has them → rows of the report
     "weights": "student's weights (float32)", "gradients": "gradients (float32)",
