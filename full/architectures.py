@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -89,6 +90,15 @@ def _read(load, what, names):
         ) from error
 
 
+def _folder(name, file):
+    """The folder that has the file of a name: itself, or one in the hub's cache. OSError if there is neither. The hub's
+    loaders would go to the network even with local_files_only, to report who calls."""
+    found = Path(name, file) if Path(name).is_dir() else try_to_load_from_cache(name, file)
+    if not isinstance(found, (str, Path)):
+        raise OSError("neither a folder nor in the hub's cache")
+    return str(Path(found).parent)
+
+
 def _freeze(network, dtype):
     return nn.Module.to(network.requires_grad_(False).eval(), dtype)  # diffusers' own .to warns of a loss of precision
 
@@ -112,14 +122,15 @@ class MetaBackbone(Backbone):
         return UNet2DConditionModel(**UNETS[self.name]), AutoencoderKL(**VAE), texts, self.name == "sdxl"
 
     def _load(self):
-        index = DiffusionPipeline.load_config(self.path, local_files_only=True)
+        path = _folder(self.path, "model_index.json")
+        index = DiffusionPipeline.load_config(path)
         if index.get("_class_name") not in PIPELINES:
             raise ValueError(f"it is a {index.get('_class_name')}, not {' or '.join(PIPELINES)}")
-        here, is_xl = {"local_files_only": True}, index["_class_name"] == PIPELINES[1]
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.path, subfolder="unet", **here))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.path, subfolder="vae", **here))
+        is_xl = index["_class_name"] == PIPELINES[1]
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(path, subfolder="vae"))
         kinds = {"text_encoder": CLIPTextModel} | ({"text_encoder_2": CLIPTextModelWithProjection} if is_xl else {})
-        texts = [kind(CLIPTextConfig.from_pretrained(self.path, subfolder=n, **here)) for n, kind in kinds.items()]
+        texts = [kind(CLIPTextConfig.from_pretrained(path, subfolder=n)) for n, kind in kinds.items()]
         return unet, vae, texts, is_xl
 
     @torch.no_grad()
@@ -139,7 +150,8 @@ class MetaBackbone(Backbone):
         with META:
             if name == "taesd":
                 return _freeze(AutoencoderTiny(), self.pipe.vae.dtype)
-            config = _read(lambda: AutoencoderTiny.load_config(name, local_files_only=True), f"--vae {name}", ("kl", "taesd"))
+            load = lambda: AutoencoderTiny.load_config(_folder(name, "config.json"))  # noqa: E731
+            config = _read(load, f"--vae {name}", ("kl", "taesd"))
             return _freeze(AutoencoderTiny.from_config(config), self.pipe.vae.dtype)
 
 
@@ -148,7 +160,7 @@ def vit(name, dtype, size, what):
     name = SHORT.get(name, name)
 
     def load():
-        config = VITS.get(name) or AutoConfig.from_pretrained(name, local_files_only=True)
+        config = VITS.get(name) or AutoConfig.from_pretrained(_folder(name, "config.json"))
         config = getattr(config, "vision_config", config)  # of a whole CLIP
         if config.model_type not in ("dinov2", "vit", "clip_vision_model"):
             raise ValueError(f"it is a {config.model_type}; DINOv2, ViT and CLIP are known")

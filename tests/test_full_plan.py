@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_checkpoints as tiny
@@ -78,14 +79,19 @@ def planned(bare):
     return make
 
 
+def forbid_network(patch):
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the plan went to the network"))
+
+
 @pytest.fixture(scope="module")
 def sd15():
     """(exit code, report, Plan) of run.py --backbone sd15 on eight A100, without a network."""
     made, build = [], plan.Plan
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(plan, "Plan", lambda *args: made.append(build(*args)) or made[0])
-        patch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the plan went to the network"))
-        code = run.main(["--backbone", "sd15", "--plan", "--gpus", "8", "--gpu", "a100-80", "--debug"])
+        forbid_network(patch)
+        code = run.main(["--backbone", "sd15", "--batch", "4", "--plan", "--gpus", "8", "--gpu", "a100-80", "--debug"])
     return code, out.getvalue(), made[0]
 
 
@@ -128,6 +134,16 @@ def test_parameters_of_the_text_tower_are_the_published_ones():
 def test_a_repositorys_name_is_the_short_one():
     assert MetaBackbone("stabilityai/stable-diffusion-xl-base-1.0", torch.bfloat16).is_xl
     assert vit("facebook/dino-vits16", torch.bfloat16, 0, "features").width == 384
+
+
+def test_a_repository_in_the_hubs_cache_is_read(bare, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--vit" / "snapshots" / "0123"
+    shutil.copytree(bare / "dino", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    forbid_network(monkeypatch)
+    assert vit("someone/vit", torch.float32, 0, "features").width == 24
 
 
 @pytest.mark.parametrize("name, teraflop", [("sd15", 0.803), ("sd21", 0.804), ("sdxl", 1.589)])
@@ -184,19 +200,19 @@ def test_settings_change_the_operations(bare, planned):
     measure = lambda **more: by_part(DryRun(settings(bare, **more)).measure(2)[0])  # noqa: E731
     plain = by_part(planned(1).operations(2))
 
-    latent = measure(guidance=(3.0, 8.0), space="latent", c_img="none")
-    assert latent["teacher"] == 2 * plain["teacher"]
-    assert "VAE decodes the target" not in latent and "c_img" not in latent
+    augment = ("color", "translation", "cutout", "noise")
+    large = measure(
+        guidance=(3.0, 8.0), space="latent", c_img="none", teacher_steps=4, resolution=128, augment=augment,
+        condition_on_s=True,
+    )  # fmt: skip
+    assert large["teacher"] == pytest.approx(2 * 4 * 4 * plain["teacher"], rel=0.25)
+    assert large["VAE encodes x_0"] == pytest.approx(4 * plain["VAE encodes x_0"], rel=0.1)
+    assert "VAE decodes the target" not in large and "c_img" not in large
 
     nfsd = measure(weight="nfsd", guidance=(7.5,), c_text="none", features_size=56)
     assert nfsd["teacher"] == 3 * plain["teacher"] and "c_text" not in nfsd
     assert nfsd["text encoders"] == 2 * plain["text encoders"]  # two captions; the empty and the negative prompt
     assert nfsd["F of x_0"] == pytest.approx(4 * plain["F of x_0"], rel=0.25)
-
-    augment = ("color", "translation", "cutout", "noise")
-    large = measure(teacher_steps=4, resolution=128, augment=augment, condition_on_s=True)
-    assert large["teacher"] == pytest.approx(4 * 4 * plain["teacher"], rel=0.25)
-    assert large["VAE encodes x_0"] == pytest.approx(4 * plain["VAE encodes x_0"], rel=0.1)
 
     whole = measure(checkpointing=False, gamma=0.0, c_text="none", c_img="none")
     assert 0.6 < whole[f"{STUDENT}, backward"] / plain[f"{STUDENT}, backward"] < 0.8
@@ -346,12 +362,15 @@ CASES = {
 def compared(checkpoints, tmp_path_factory):
     """{case: (measured, predicted)}, each (bytes between iterations, peak)."""
     found, dry_runs = {}, {}
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched
     for name, more in CASES.items():
         taesd = {"vae": str(checkpoints / "taesd")} if "vae" in more else {}
         given = settings(checkpoints, **({"batch": 4} | more | taesd))
         key = replace(given, batch=1)
         dry_runs[key] = dry_runs.get(key) or DryRun(given, whole_gradients=given.accumulate > 1, cuda=False)
         found[name] = measure_for_real(given, tmp_path_factory.mktemp("run")), predict(given, dry_runs[key])
+    gc.unfreeze()
     return found
 
 
@@ -376,7 +395,7 @@ def test_checkpointing_is_worth_as_much_as_in_a_real_iteration(compared):
     assert predicted == pytest.approx(measured, rel=0.1) and predicted > 1e7
 
 
-@pytest.mark.parametrize("batch, precision", [(1, "fp32"), (3, "bf16"), (7, "bf16")])
+@pytest.mark.parametrize("batch, precision", [(1, "fp32"), (7, "bf16")])
 def test_other_batches_are_on_the_line(planned, batch, precision):
     """Measured at this batch: operations, and memory. The line was drawn through 2 and 4."""
     it = planned(precision=precision)
@@ -385,11 +404,20 @@ def test_other_batches_are_on_the_line(planned, batch, precision):
     assert it.total("DDP", batch) == pytest.approx(max(p.total() for p in peaks.values()) + held["half"], rel=0.02)
 
 
-def test_the_batch_that_is_asked_for_is_measured(planned, sd15):
-    assert planned().batches == (2, 4) and sd15[2].batches == (8, 16)
-    flops, peaks, held = planned().measured[0]
+def test_the_batch_that_is_asked_for_is_measured(planned):
+    _, peaks, held = planned().measured[0]
     for part, kinds in planned().peaks("DDP", 2).items():
         assert sum(kinds.values()) == pytest.approx(peaks[part].total() + held["half"])
+
+
+@pytest.mark.parametrize("batch, measured", [(1, [1, 2]), (5, [5, 10]), (500, [8, 16])])
+def test_batches_that_are_measured(monkeypatch, batch, measured):
+    seen, network = [], nn.Linear(1, 1)
+    add = SimpleNamespace(discriminator=SimpleNamespace(heads=network))
+    stub = SimpleNamespace(measure=seen.append, network=network, trained=[], add=add)
+    monkeypatch.setattr(plan, "DryRun", lambda *args, **kwargs: stub)
+    plan.Plan(Settings(batch=batch))
+    assert seen == measured
 
 
 def test_real_networks_take_what_their_numbers_take(sd15):
@@ -453,7 +481,7 @@ def test_what_shrinks_gradients_and_optimiser(bare, planned):
 def test_the_largest_batch_fits_and_one_more_does_not(planned):
     it = planned(8)
     assert it.capacity == pytest.approx(0.92 * 79.1 * 2**30 - 1.5e9)
-    it.capacity = 2.2e7
+    it.capacity = 2e7
     for mode in it.modes:
         batch = it.largest_batch(mode)
         assert 4 < batch < 30
@@ -559,16 +587,16 @@ def test_the_command_reads_a_folder_without_weights(bare, capsys):
 
 
 def test_too_little_memory_ends_in_one_line_below_the_plan(bare, capsys, monkeypatch):
-    monkeypatch.setitem(plan.GPUS, "small", plan.Gpu(1.66e9, 1e12, 1e9))
-    assert run.main(flags(bare, "--plan", "--gpu", "small", "--checkpointing", "false", "--steps", "7", batch=500)) == 2
+    monkeypatch.setitem(plan.GPUS, "small", plan.Gpu(1.654e9, 1e12, 1e9))
+    assert run.main(flags(bare, "--plan", "--gpu", "small", "--checkpointing", "false", "--steps", "7", batch=5)) == 2
     out, errors = capsys.readouterr()
     message = errors.strip().splitlines()[-1]
     assert "largest batch that fits" in out and "days for 7 iterations" in out
-    assert message.startswith("full/run.py: --batch 500: too little memory: one GPU needs ")
+    assert message.startswith("full/run.py: --batch 5: too little memory: one GPU needs ")
     for words in ("--checkpointing true", "--vae taesd", "--optimizer adamw8bit", "--lora-rank", "FSDP2", "--ema 0"):
         assert words in message
     assert "--vae-slicing" not in message  # it slices already
-    assert 1 < int(message.split("largest --batch that fits: ")[1].split(" ")[0]) < 500
+    assert 1 < int(message.split("largest --batch that fits: ")[1].split(" ")[0]) < 5
 
 
 MISTAKES = {
@@ -588,8 +616,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("more, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_ends_in_one_line(bare, capsys, monkeypatch, more, words):
-    monkeypatch.setattr(socket, "socket", lambda *args, **kwargs: pytest.fail("the plan went to the network"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    forbid_network(monkeypatch)
     paths = {"DINO": str(bare / "dino"), "TEXT": str(bare / "sd15" / "text_encoder")}
     assert run.main([*flags(bare), *(paths.get(x, x) for x in more)]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
