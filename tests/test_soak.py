@@ -1,5 +1,5 @@
 """Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -s tests/test_soak.py
-(ADD_SOAK_MINUTES, 120 unless set)."""
+(ADD_SOAK_MINUTES, 120 unless set). The toy and full/ run side by side, one thread each."""
 
 import os
 import signal
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_full_train import checkpoints, flags  # noqa: F401  (a fixture)
 from test_toy_run import ROOT, TINY
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+ENDLESS = 10**7
 
 
 def slope(points):
@@ -25,25 +27,55 @@ def test_slope_by_hand():
     assert slope([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)]) == pytest.approx(2)
 
 
+class Watched:
+    """A run that never ends by itself, and its memory (hours, MiB) and files (bytes; logs aside) since its first checkpoint."""
+
+    def __init__(self, name, folder, first, log, arguments):
+        self.name, self.folder, self.first, self.log = name, folder, first, folder / log
+        command = [sys.executable, ROOT / name / "run.py", *map(str, arguments)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.began, self.memory, self.sizes = time.time(), [], []
+
+    def look(self):
+        assert self.process.poll() is None, f"{self.name} ended by itself"
+        if any(self.folder.glob(self.first)):
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+            self.memory.append(((time.time() - self.began) / 3600, pages * PAGE / 2**20))
+            files = [f for f in self.folder.rglob("*") if f.suffix not in (".csv", ".jsonl") and ".tmp" not in str(f)]
+            self.sizes.append(sum(f.stat().st_size for f in files if f.is_file()))
+
+    def stop(self):
+        """Asks it to save and leave; prints what was seen: (growth of memory over the whole, its mean, files' sizes)."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=300)
+        assert self.process.returncode == 143
+        memory, sizes = self.memory[len(self.memory) // 10 :], self.sizes[len(self.sizes) // 10 :]
+        hours, mean = memory[-1][0] - memory[0][0], sum(y for _, y in memory) / len(memory)
+        sizes = sorted(sizes)[len(sizes) // 20 : -len(sizes) // 20]  # without the moments at which a file has two names
+        rows = self.log.read_text().count("\n")
+        print(f"\n{self.name}: {60 * hours:.0f} minutes, {rows} rows of the log, {mean:.1f} MiB, slope {slope(memory):+.2f} MiB an hour, "
+              f"files {sizes[0]} to {sizes[-1]} bytes, log {self.log.stat().st_size} bytes")  # fmt: skip
+        return slope(memory) * hours, mean, sizes
+
+
 @pytest.mark.long
-def test_a_long_run_keeps_its_memory_and_its_files(tmp_path):
-    minutes, folder = float(os.environ.get("ADD_SOAK_MINUTES", 120)), tmp_path / "run"
-    command = [sys.executable, ROOT / "toy" / "run.py", *TINY, "--out", folder, "--distil-steps", str(10**7), "--checkpoint-seconds", "5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    began, memory, sizes = time.time(), [], []
-    while time.time() - began < 60 * minutes:
-        time.sleep(2)
-        assert process.poll() is None
-        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-        if (folder / "distil" / "checkpoint.pt").exists():  # the stage is under way
-            memory.append(((time.time() - began) / 3600, pages * PAGE / 2**20))
-            sizes.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.suffix not in (".csv", ".tmp")))
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=120)
-    assert process.returncode == 143
-    memory, sizes = memory[len(memory) // 10 :], sizes[len(sizes) // 10 :]
-    growth, mean = slope(memory), sum(y for _, y in memory) / len(memory)
-    print(f"\n{minutes:g} minutes: {mean:.1f} MiB, slope {growth:+.2f} MiB an hour, files {min(sizes)} to {max(sizes)} bytes, "
-          f"log {(folder / 'distil' / 'log.csv').stat().st_size} bytes")  # fmt: skip
-    assert abs(growth) * minutes / 60 < 0.03 * mean  # over the whole soak
-    assert max(sizes) < 1.02 * min(sizes)
+def test_a_long_run_keeps_its_memory_and_its_files(checkpoints, tmp_path):  # noqa: F811
+    minutes = float(os.environ.get("ADD_SOAK_MINUTES", 120))
+    toy = [*TINY, "--out", tmp_path / "toy", "--distil-steps", ENDLESS, "--checkpoint-seconds", 5]
+    full = flags(checkpoints, tmp_path / "full", steps=ENDLESS, save_every=20, workers=1, log_every=10)
+    runs = [
+        Watched("toy", tmp_path / "toy", "distil/checkpoint.pt", "distil/log.csv", toy),
+        Watched("full", tmp_path / "full", "checkpoints/*/training.pt", "log.jsonl", full),
+    ]
+    try:
+        while time.time() - runs[0].began < 60 * minutes:
+            time.sleep(2)
+            for run in runs:
+                run.look()
+        for run in runs:
+            growth, mean, sizes = run.stop()
+            assert abs(growth) < 0.03 * mean, run.name  # over the whole soak
+            assert sizes[-1] < 1.02 * sizes[0], run.name
+    finally:
+        for run in runs:
+            run.process.kill()

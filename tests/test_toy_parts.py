@@ -17,7 +17,7 @@ from toy.data import Batches, Dataset
 from toy.evaluate import ddim_timesteps, sample_student, sample_teacher
 from toy.loop import CLOCKED, GeneratorState, TrainingError, read_log, run_loop, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
-from toy.networks import MetricNet, UNet, ViT
+from toy.networks import MetricNet, UNet, ViT, has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.teacher import Standardize, training_target
 
@@ -191,6 +191,7 @@ def key(stage, **changes):
     "change, stages_done_again",
     [
         (dict(teacher_lr=1.0), {"teacher", "pairs", "start", "distil", "eval"}),
+        (dict(precision="bf16"), {"teacher", "pairs", "start", "distil", "eval"}),
         (dict(pairs_guidance=9.0), {"pairs", "start", "distil", "eval"}),
         (dict(start_lr=9.0), {"start", "distil", "eval"}),
         (dict(distil_timesteps=(9, 99)), {"start", "distil", "eval"}),
@@ -244,6 +245,34 @@ def test_unet_depends_on_time_and_label_once_trained_and_starts_at_zero():
     assert out.shape == x.shape
     assert (network(x, t.flip(0), label) - out).abs().max() > 1e-3
     assert (network(x, t, label.flip(0)) - out).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bf16, inside", [(False, torch.float32), (True, torch.bfloat16)])
+def test_unet_multiplies_in_bfloat16_if_asked_and_keeps_weights_and_results_in_float32(bf16, inside):
+    torch.manual_seed(0)
+    network = UNet(1, classes=4, widths=(8, 16), blocks=1, bf16=bf16)
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.1)
+    seen = set()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    x, t, label = torch.randn(2, 1, 16, 16), torch.tensor([5, 500]), torch.tensor([0, 4])
+    out = network(x, t, label)
+    out.square().sum().backward()
+    assert seen == {inside} and out.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+    network.bf16 = False
+    exact = network(x, t, label)
+    assert (out - exact).abs().max() <= (0.05 if bf16 else 0) * exact.abs().max()
+
+
+@pytest.mark.parametrize("can, has", [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True, "amx_bf16": False}, False)])
+def test_a_cpu_has_bfloat16_if_it_says_so(can, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert has_bf16(torch.device("cpu")) is has and has_bf16(torch.device("mps")) is False
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.11
+    assert has_bf16(torch.device("cpu")) is False
 
 
 def test_patches_are_what_the_tokens_embed():

@@ -217,14 +217,19 @@ def test_an_unfinished_run_is_neither_gone_on_with_nor_thrown_away_unasked(finis
     assert read(path)["step"] == 3
 
 
-def test_a_resumed_auto_run_keeps_its_data(tmp_path, monkeypatch, capsys):
+def test_a_resumed_auto_run_keeps_its_data_and_its_precision(tmp_path, monkeypatch, capsys):
     """Glyphs stood in for MNIST, which could not be had; that it can be had now changes nothing."""
     monkeypatch.setattr(data, "_fetch", lambda name, root: "no network")
+    monkeypatch.setattr(run, "has_bf16", lambda device: True)
     flags = ["--preset", "tiny", "--device", "cpu", "--threads", "1", "--out", tmp_path]
     assert main_in_process(run, flags, capsys)[0] == 0
     monkeypatch.setattr(data, "_fetch", lambda name, root: None)
+    monkeypatch.setattr(run, "has_bf16", lambda device: False)
     assert main_in_process(run, [*flags, "--resume"], capsys)[0] == 0
-    assert json.loads((tmp_path / "config.json").read_text())["settings"]["dataset"] == "glyphs"
+    stored = json.loads((tmp_path / "config.json").read_text())["settings"]
+    assert (stored["dataset"], stored["precision"]) == ("glyphs", "bf16")
+    assert main_in_process(run, [*flags, "--dataset", "glyphs", "--out", tmp_path / "new"], capsys)[0] == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["settings"]["precision"] == "fp32"
 
 
 def test_a_checkpoint_that_only_seems_to_fit_is_named(finished, tmp_path, capsys):  # noqa: F811

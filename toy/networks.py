@@ -13,6 +13,15 @@ from torch import nn
 
 from add import readout
 
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 numbers itself: then they are about twice as fast as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in torch 2.11
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Denoiser: a U-Net on 2x2-unshuffled pixels (a quarter of the positions, so about a fifth of the cost)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,13 +74,13 @@ class UNet(nn.Module):
     """The denoiser's network f(x_t, t, label): class-conditional, two to four resolutions, attention at the lowest.
 
     x_t (B, channels, H, W) in about [-1, 1], t (B,) integer timesteps, label (B,) in 0…classes, where `classes` itself
-    is the empty condition ∅ of classifier-free guidance. Returns a tensor of x_t's shape. H and W must be divisible by
-    2 ** len(widths).
+    is the empty condition ∅ of classifier-free guidance. Returns a tensor of x_t's shape and type. H and W must be
+    divisible by 2 ** len(widths). With bf16, convolutions and products are taken in bfloat16, from float32 weights.
     """
 
-    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2):
+    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False):
         super().__init__()
-        self.patch, self.classes, embedding = patch, classes, 4 * widths[0]
+        self.patch, self.classes, self.bf16, embedding = patch, classes, bf16, 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding)
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
@@ -93,6 +102,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x_t, t, label):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._forward(x_t, t, label).to(x_t.dtype)
+
+    def _forward(self, x_t, t, label):
         embedding = self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)
         h = self.stem(F.pixel_unshuffle(x_t, self.patch))
         skips = []

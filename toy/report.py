@@ -109,7 +109,7 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
     lines = [
         f"# ADD on {data.name}",
         "",
-        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · torch {torch.__version__} · "
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · {settings.precision} · torch {torch.__version__} · "
         f"commit {commit()}",
         "",
         f"{len(data.train_images):,} training images, {results['test_images']:,} held-out test images, "

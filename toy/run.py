@@ -32,6 +32,7 @@ from toy.evaluate import evaluate
 from toy.features import make_features
 from toy.loop import TrainingError
 from toy.metrics import train_metric_net
+from toy.networks import has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.start import draw_pairs, make_student
 from toy.teacher import train_teacher
@@ -119,7 +120,9 @@ def run(arguments, given):
     seconds = {"data": time.time() - began}
     print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.replace(settings, dataset=data.kind)  # a resumed "auto" must not come to other data
+    # A resumed "auto" must not come to other data, or another precision.
+    precision = settings.precision if settings.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
+    settings = dataclasses.replace(settings, dataset=data.kind, precision=precision)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 

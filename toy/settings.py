@@ -25,6 +25,7 @@ class Settings:
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
     checkpoint_seconds: float = option(60.0, "time between checkpoints: what a crash costs at the most")
+    precision: str = option("auto", "of teacher and student: fp32, bf16 (mixed), or auto: bf16 where the device has it", ("auto", "fp32", "bf16"))
     deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
     skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
 
@@ -118,7 +119,7 @@ STAGES = {  # what each stage's result depends on: fields that start with its na
     "data": ((), ()),  # see stage_key
     "metric": (("data",), ()),
     "features": (("data",), ()),
-    "teacher": (("data",), ()),
+    "teacher": (("data",), ("precision",)),
     "pairs": (("teacher",), ()),
     "start": (("pairs",), ("distil_timesteps", "distil_terminal_share", "distil_batch", "distil_ema")),
     "distil": (("features", "start"), ()),

@@ -43,7 +43,8 @@ def make_denoiser(channels, classes, settings, standardize):
     schedule = getattr(NoiseSchedule, settings.teacher_schedule)()
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
-    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks)
+    bf16 = settings.precision == "bf16"
+    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks, bf16=bf16)
     return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse)
 
 
