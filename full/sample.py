@@ -31,11 +31,17 @@ def parse_arguments(argv):
 
 
 def timesteps_of(folder, steps):
-    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json tells), else None."""
+    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json tells), else None. ValueError."""
     from full.export import is_evenly_spaced
 
     path = Path(folder) / "add.json"
-    if not path.exists() or is_evenly_spaced(trained := json.loads(path.read_text())["timesteps"]):
+    if not path.exists():
+        return None
+    try:
+        trained = [int(t) for t in json.loads(path.read_text())["timesteps"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not what full/run.py wrote ({error})") from error
+    if is_evenly_spaced(trained):
         return None
     n = len(trained)
     return [trained[n - 1 - i * n // steps] for i in range(steps)]
@@ -43,11 +49,11 @@ def timesteps_of(folder, steps):
 
 def load_pipeline(kind, name, dtype, flag="--pipeline"):
     """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars. ValueError."""
-    from full.backbones import one_line
+    from full.backbones import LOAD_ERRORS, one_line
 
     try:
         pipe = kind.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         what = f"cannot be loaded, as a pipeline folder or a hub repository ({one_line(error)})"
         raise ValueError(f"{flag} {name}: {what}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -111,8 +117,10 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         paths = sample(arguments)
-    except ValueError as error:
-        print(f"full/sample.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from checkpoints import one_line
+
+        print(f"full/sample.py: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"{len(paths)} images: {arguments.out}")
     return 0

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,11 @@ import torch
 from PIL import Image
 from test_checkpoints import Bomb
 from test_full_train import checkpoints, flags, log_of, train, weights  # noqa: F401  (a fixture)
-from test_toy_trust import assert_takes_a_value_or_names_itself, kill_while_it_writes, same
+from test_toy_trust import assert_takes_a_value_or_names_itself, kill_while_it_writes, on_a_small_disk, same
 
 import checkpoints as storage
 from checkpoints import read, write
-from full import data, run
+from full import data, run, sample
 from full import train as training
 from full.settings import Settings
 
@@ -71,14 +72,14 @@ def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, who
     assert_same_run(whole, tmp_path)
 
 
-def launch(processes, *arguments, own_group=False):
-    """full/run.py in processes of its own: the first of them."""
+def launch(processes, *arguments, own_group=False, script=ROOT / "full" / "run.py"):
+    """full/run.py, or another script, in processes of its own: the first of them."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [*command, ROOT / "full" / "run.py", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+        [*command, script, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=own_group,
     )  # fmt: skip
 
@@ -93,6 +94,39 @@ def test_two_processes_resume_to_the_bit(checkpoints, tmp_path):  # noqa: F811
     assert len(list(last(tmp_path / "cut").glob("process_*.pt"))) == 2
     for name in ("training.pt", "process_0.pt", "process_1.pt"):
         assert same(*(read(last(tmp_path / out) / name) for out in ("whole", "cut"))), name
+
+
+def test_two_processes_agree_on_a_torn_checkpoint(checkpoints, tmp_path):  # noqa: F811
+    """The second process's file is cut: both go on from the checkpoint before."""
+    more = flags(checkpoints, tmp_path / "run", steps=3, batch=2, save_every=1)
+    assert launch(2, *more).wait(300) == 0
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    path = last(tmp_path / "run") / "process_1.pt"
+    path.write_bytes(path.read_bytes()[:-40])
+    process = launch(2, *more, "--resume", "auto")
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, err[-3000:]
+    assert err.count(f"{path} is not a checkpoint of this program, or is cut short") == 1
+    for name in ("training.pt", "process_0.pt", "process_1.pt"):
+        assert same(*(read(last(out) / name) for out in (tmp_path / "run", whole))), name
+
+
+def test_two_processes_agree_on_what_one_of_them_saw(checkpoints, tmp_path):  # noqa: F811
+    """Images that are no numbers reach the second process alone: both stop, or both skip the step."""
+    script, more = ROOT / "tests" / "full_broken.py", dict(steps=3, batch=2, save_every=1)
+    process = launch(2, 1, 2, *flags(checkpoints, tmp_path / "a", **more), script=script)
+    err = process.communicate(timeout=300)[1]
+    lines = [line for line in err.splitlines() if "step 2: not finite: " in line]
+    assert process.returncode != 0 and lines and all("step_0000001" in line for line in lines), err[-3000:]
+    assert read(last(tmp_path / "a") / "training.pt")["step"] == 1
+    process = launch(2, 1, 2, *flags(checkpoints, tmp_path / "b", **more, skip_nonfinite=1), script=script)
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, err[-3000:]
+    assert [row["nonfinite"] for row in log_of(tmp_path / "b")] == [0, 1, 1]
+    state = read(last(tmp_path / "b") / "training.pt")
+    assert state["step"] == 3
+    assert [read(last(tmp_path / "b") / f"process_{rank}.pt")["nonfinite"] for rank in (0, 1)] == [1, 1]
+    assert all(x.isfinite().all() for x in state["network"].values())
 
 
 def kill_and_resume(checkpoints, tmp_path, times, seed):  # noqa: F811
@@ -203,6 +237,15 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(checkpoints,
     assert read(last(out) / "training.pt")["step"] == 3
 
 
+def test_a_small_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_on(checkpoints, tmp_path):  # noqa: F811
+    """There is room for one checkpoint, not for two."""
+    folder = tmp_path / "disk"
+    command = shlex.join([sys.executable, "full/run.py", *flags(checkpoints, folder / "run", steps=2, save_every=1)])
+    (code, out), (whole, found), (resumed, again) = on_a_small_disk(folder, "6m", f"ACCELERATE_USE_CPU=true {command}", "--resume auto")
+    assert code == 2 and "the disk is full" in out.splitlines()[-1] and f"{folder}/run/checkpoints/step_0000002" in out.splitlines()[-1]
+    assert (whole, found) == (0, "2\n") and resumed == 0, (found, again)
+
+
 def test_what_is_not_finite_stops_the_run_or_is_skipped_and_counted(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
     make_batch, calls = training.Trainer.make_batch, []
 
@@ -238,20 +281,25 @@ def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsy
     target = tmp_path / "ran"
     torch.save({"x": Bomb(target)}, tmp_path / "bomb.pt")
     bombs = ((tmp_path / "bomb.pt").read_bytes(), pickle.dumps(Bomb(target)))
-    places = {
-        "unet/diffusion_pytorch_model.bin": "backbone", "vae/diffusion_pytorch_model.bin": "backbone",
-        "text_encoder/pytorch_model.bin": "backbone", "pytorch_model.bin": "features", "open_clip_pytorch_model.bin": "c_text",
-    }  # fmt: skip
-    sources = dict(backbone="sd15", features="dino", c_text="clip")
-    for place, setting in places.items():
+    diffusion, text = "diffusion_pytorch_model.bin", "pytorch_model.bin"
+    places = [
+        ("backbone", "sd15", f"unet/{diffusion}"), ("backbone", "sd15", f"vae/{diffusion}"), ("backbone", "sd15", f"text_encoder/{text}"),
+        ("backbone", "sdxl", f"text_encoder_2/{text}"), ("teacher", "sdxl", f"unet/{diffusion}"), ("vae", "taesd", diffusion),
+        ("features", "dino", text), ("c_img", "dino-large", text), ("c_text", "clip", "open_clip_pytorch_model.bin"),
+    ]  # fmt: skip
+    for setting, source, place in places:
         for bomb in bombs:
-            folder = shutil.copytree(checkpoints / sources[setting], tmp_path / "copy")
+            folder = shutil.copytree(checkpoints / source, tmp_path / "copy")
             for weight in (folder / place).parent.glob("*.safetensors"):
                 weight.unlink()
             (folder / place).write_bytes(bomb)
             code = run.main(flags(checkpoints, tmp_path / "run", **{setting: folder}))
             err = capsys.readouterr().err.splitlines()[-1]
             assert code == 2 and not target.exists() and str(folder) in err, (place, err)
+            if setting == "backbone":  # a pipeline like any other
+                code = sample.main(["--pipeline", str(folder), "--prompt", "a fox", "--out", str(tmp_path / "drawn")])
+                err = capsys.readouterr().err.splitlines()[-1]
+                assert code == 2 and not target.exists() and f"--pipeline {folder}" in err, (place, err)
             shutil.rmtree(folder)
     out = shutil.copytree(whole, tmp_path / "resumed")
     for place in ("training.pt", "process_0.pt"):
@@ -263,6 +311,22 @@ def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsy
         out = shutil.copytree(whole, tmp_path / "resumed")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert target.exists()  # a real bomb
+
+
+def test_a_pipelines_list_of_timesteps_that_is_none_is_named(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole / "pipeline", tmp_path / "pipeline")
+    for text in ("{", "[]", '{"timesteps": ["x"]}', "{}"):
+        (folder / "add.json").write_text(text)
+        assert sample.main(["--pipeline", str(folder), "--prompt", "a fox", "--out", str(tmp_path / "drawn")]) == 2
+        assert str(folder / "add.json") in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["/sys/run", "file"])
+def test_a_folder_that_cannot_be_made_ends_in_one_line(checkpoints, tmp_path, where, capsys):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    out = tmp_path / where / "run" if where == "file" else Path(where)
+    assert run.main(flags(checkpoints, out)) == 2
+    assert str(out) in capsys.readouterr().err.splitlines()[-1]
 
 
 PICTURES = {

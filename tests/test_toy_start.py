@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from toy.start import Pairs, draw_pairs, make_student, pair_loss
 from toy.teacher import Standardize, make_denoiser
 
 SETTINGS = Settings(**PRESETS["tiny"] | dict(size=8, teacher_widths=(8, 16), pairs_number=130, start_steps=60, distil_ema=0.9))
-CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
+CPU = torch.device("cpu")
+GREY = torch.tensor([0, 128, 255], dtype=torch.uint8)  # of the real images, one of each class: -1, 0 and 1
+DATA = SimpleNamespace(train_images=GREY[:, None, None, None].expand(-1, 1, 8, 8), train_labels=torch.arange(3))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
-    return draw_pairs(tmp_path_factory.mktemp("pairs"), teacher, SHAPE, SETTINGS, CPU, "k")[0]
+    return draw_pairs(tmp_path_factory.mktemp("pairs"), teacher, DATA, SETTINGS, CPU, "k")[0]
 
 
 def test_a_pair_is_a_noise_and_what_the_teachers_sampler_makes_of_it(teacher, pairs):
@@ -40,15 +43,15 @@ def test_a_pair_is_a_noise_and_what_the_teachers_sampler_makes_of_it(teacher, pa
 
 
 def test_pairs_survive_a_checkpoint_and_refuse_anothers(teacher, pairs):
-    fresh = Pairs(teacher, SHAPE, SETTINGS, CPU)
+    fresh = Pairs(teacher, DATA, SETTINGS, CPU)
     assert torch.equal(fresh.noise, pairs.noise) and not fresh.images.any()
     fresh.load_state_dict(pairs.state_dict())
     assert torch.equal(fresh.images, pairs.images)
     with pytest.raises(ValueError, match="instead of"):
-        Pairs(teacher, SHAPE, dataclasses.replace(SETTINGS, pairs_number=9), CPU).load_state_dict(pairs.state_dict())
+        Pairs(teacher, DATA, dataclasses.replace(SETTINGS, pairs_number=9), CPU).load_state_dict(pairs.state_dict())
 
 
-def test_the_pairs_own_noise_is_the_input_at_tau_n_and_fresh_noise_below(teacher, pairs):
+def test_at_tau_n_a_pairs_noise_is_the_input_and_below_it_a_real_image_with_fresh_noise(teacher, pairs):
     """A student that gives back what it is fed shows it: x_s - x, squared, is the loss."""
 
     class Echo(Student):
@@ -56,17 +59,22 @@ def test_the_pairs_own_noise_is_the_input_at_tau_n_and_fresh_noise_below(teacher
             self.seen = x_s, s, cond
             return x_s
 
-    student, index = Echo(teacher, (199, 799), 0.5), torch.arange(100)
-    loss = pair_loss(student, pairs, index, torch.Generator().manual_seed(0))
+    student = Echo(teacher, (199, 799), 0.5)
+    loss = pair_loss(student, pairs, 200, torch.Generator().manual_seed(0))
     x_s, s, cond = student.seen
-    x, last = pairs.images[index], s == 799
-    assert 30 < last.sum() < 70 and torch.equal(cond, pairs.labels[index])
-    assert torch.equal(x_s[last], pairs.noise[index][last])
+    last = s == 799
+    assert 70 < last.sum() < 130
+    index = torch.stack([(pairs.noise == x).all((1, 2, 3)).nonzero()[0, 0] for x in x_s[last]])  # IndexError: no pair's noise
+    assert len(index.unique()) > 40 and torch.equal(cond[last], pairs.labels[index])
+    torch.testing.assert_close(loss[last], (x_s[last] - pairs.images[index]).square().mean((1, 2, 3)))
+
     alpha, sigma = teacher.schedule.alpha[199], teacher.schedule.sigma[199]
-    fresh = (x_s[~last] - alpha * x[~last]) / sigma
-    assert fresh.std() == pytest.approx(1, abs=0.05)
-    assert (fresh * pairs.noise[index][~last]).mean().abs() < 0.1  # and none of it is the pair's
-    torch.testing.assert_close(loss, (x_s - x).square().mean((1, 2, 3)))
+    label = (x_s[~last].mean((1, 2, 3)) / alpha).round().long() + 1  # by its grey; the noise's mean is about σ / 8
+    assert torch.equal(cond[~last], label) and len(label.unique()) == 3
+    x = GREY[label][:, None, None, None] / 127.5 - 1
+    fresh = (x_s[~last] - alpha * x) / sigma
+    assert fresh.std() == pytest.approx(1, abs=0.05) and fresh.mean().abs() < 0.05
+    torch.testing.assert_close(loss[~last], (x_s[~last] - x).square().mean((1, 2, 3)))
 
 
 def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_path):
@@ -79,7 +87,7 @@ def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_pa
 
     def loss(network):
         with torch.no_grad():
-            return pair_loss(network, pairs, torch.arange(130), torch.Generator().manual_seed(1)).mean()
+            return pair_loss(network, pairs, 200, torch.Generator().manual_seed(1)).mean()
 
     assert seconds > 0 and loss(student) < 0.9 * loss(copied)
     assert all(torch.equal(x, before[k]) for k, x in teacher.state_dict().items())
@@ -93,7 +101,7 @@ def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_pa
 
 def test_without_pairs_the_student_is_the_teachers_copy(teacher, tmp_path):
     settings = dataclasses.replace(SETTINGS, start="teacher")
-    assert draw_pairs(tmp_path, teacher, SHAPE, settings, CPU, "k") == (None, 0.0)
+    assert draw_pairs(tmp_path, teacher, DATA, settings, CPU, "k") == (None, 0.0)
     student, seconds = make_student(tmp_path, teacher, None, settings, CPU, "k")
     assert seconds == 0 and not any(tmp_path.iterdir())
     for a, b in zip(student.parameters(), teacher.parameters(), strict=True):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,33 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(fin
     assert code == 2 and last.startswith(f"toy/run.py: {folder}/teacher/checkpoint.pt: cannot be written: the disk is full")
     assert read(folder / "teacher" / "checkpoint.pt")["finished"]  # the one of before
     assert main_in_process(run, [*changed, "--resume"], capsys)[0] == 0
+
+
+def on_a_small_disk(folder, size, command, resume):
+    """What a command and, when there is room, its resumption print and leave with, as [(exit code, output)], when folder is
+    a tmpfs of that size; between them every checkpoint there is read. Skips where the system lends nobody a mount."""
+    folder.mkdir()
+    if subprocess.run(["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    check = f"import checkpoints, pathlib; [checkpoints.verify(f) for f in pathlib.Path('{folder}').rglob('*.pt')]"
+    script = f"""mount -t tmpfs -o size={size} none {folder}
+        {command} 2>&1; echo "code $?"; {sys.executable} -c "{check}"; c=$?; find {folder} -name '*.tmp'; echo "code $c"
+        mount -o remount,size=64m {folder}; {command} {resume} 2>&1; echo "code $?" """
+    done = subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    first, check, second, rest = done.stdout.split("code ")
+    return [(int(check.split("\n")[0]), first), (int(second.split("\n")[0]), check), (int(rest), second)]
+
+
+def test_a_small_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(tmp_path):
+    """The metric network and F fit on it, the teacher does not."""
+    folder = tmp_path / "disk"
+    command = shlex.join([sys.executable, "toy/run.py", *TINY, "--out", str(folder / "run")])
+    (code, out), (whole, found), (resumed, again) = on_a_small_disk(folder, "5200k", command, "--resume")
+    assert code == 2 and out.splitlines()[-1] == (
+        f"toy/run.py: {folder}/run/teacher/checkpoint.pt: cannot be written: the disk is full; make room, or name another folder; "
+        "the checkpoint before it is intact"
+    )
+    assert (whole, found) == (0, "2\n") and resumed == 0, (found, again)
 
 
 @pytest.mark.parametrize("where", ["/sys/run", "file"])

@@ -12,7 +12,7 @@ from flags import from_dict
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
 from toy.settings import Settings
-from toy.start import draw_pair_loss
+from toy.start import pair_loss
 from toy.teacher import Standardize, make_denoiser
 
 
@@ -75,7 +75,7 @@ def distil(folder, data, settings, student, teacher, pairs, features, device, ke
         batch = make_batch(images, labels, features, classes, settings)
         extra, anchor = 0.0, {}
         if pairs is not None and settings.distil_anchor:
-            loss = draw_pair_loss(student, pairs, len(images) // 2, generator)
+            loss = pair_loss(student, pairs, len(images) // 2, generator).mean()
             extra, anchor = settings.distil_anchor * loss, {"pairs": loss.detach()}
         log = anchor | add.step(batch, student_optimizer, heads_optimizer, generator, extra).log
         ema.update_parameters(network)

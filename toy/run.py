@@ -134,8 +134,7 @@ def run(arguments, given):
     metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
     features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
     teacher, seconds["teacher"] = train_teacher(folder / "teacher", data, settings, device, keys["teacher"])
-    shape = data.train_images.shape[1:]
-    pairs, seconds["pairs"] = draw_pairs(folder / "pairs", teacher, shape, settings, device, keys["pairs"])
+    pairs, seconds["pairs"] = draw_pairs(folder / "pairs", teacher, data, settings, device, keys["pairs"])
     student, seconds["start"] = make_student(folder / "start", teacher, pairs, settings, device, keys["start"])
     started = copy.deepcopy(student)
     student, seconds["ADD"] = distil(folder / "distil", data, settings, student, teacher, pairs, features, device, keys["distil"])

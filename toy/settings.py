@@ -35,7 +35,7 @@ class Settings:
     features_objective: str = option("denoise", "what F learns: classify, summarize, denoise or none (see toy/features.py)", ("classify", "summarize", "denoise", "none"))
     features_patch: int = option(4, "patch size of F", limits=COUNT)
     features_width: int = option(96, "channels of F", limits=COUNT)
-    features_depth: int = option(4, "blocks of F; the heads read the patch embedding and every block", limits=COUNT)
+    features_depth: int = option(3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT)
     features_steps: int = option(300, "training steps of F", limits=COUNT)
 
     teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT)
@@ -49,15 +49,15 @@ class Settings:
     teacher_ema: float = option(0.995, "decay of its weights' moving average", limits=SHARE)
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
-    pairs_number: int = option(6000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
+    pairs_number: int = option(8000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
     pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
-    start_steps: int = option(1000, "training steps on the pairs", limits=COUNT)
+    start_steps: int = option(2000, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
     start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
-    distil_steps: int = option(300, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(450, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
     distil_student_lr: float = option(4e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
@@ -99,11 +99,11 @@ class Settings:
 PRESETS = {
     "cpu": {},
     "long": dict(
-        metric_steps=400, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000, start_steps=4000,
-        distil_steps=1500, distil_ema=0.995, eval_images=2000,
+        metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=24_000,
+        start_steps=8000, distil_steps=1200, distil_ema=0.995, distil_terminal_share=0.5, eval_images=2000,
     ),
     "gpu": dict(
-        metric_steps=2000, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
+        metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
         teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_ddim_steps=25, start_steps=10_000,
         distil_steps=8000, distil_batch=128,
         distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,

@@ -3,7 +3,8 @@
 From pure noise the teacher's one-step x̂_0 is nearly the mean of its class, whatever the noise. A student that starts
 there has to find every way of drawing a digit through a small discriminator, and finds few of them. The teacher's own
 sampler says which noise becomes which image; a short regression on such pairs (Luhman & Luhman 2021) hands that to the
-student, blurred, and ADD starts with all the variety there is. Not in the paper, whose teachers are stronger.
+student, blurred, and ADD starts with all the variety there is. Below τ_n, where x_s shows what the image is, the student
+goes on learning from the data. Not in the paper, whose teachers are stronger.
 """
 
 import copy
@@ -12,16 +13,19 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import Student, ddim, descend
+from toy.data import to_float
 from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 
 
 class Pairs:
-    """Pairs of noise and the image that the teacher makes of it, in the space that is diffused, classes in turn."""
+    """Pairs of noise and the image that the teacher makes of it, in the space that is diffused, classes in turn; and, for
+    the timesteps below τ_n, the data itself."""
 
-    def __init__(self, teacher, shape, settings, device):
+    def __init__(self, teacher, data, settings, device):
         n = settings.pairs_number
-        self.noise = noise_for(n, shape, settings.seed + 10, device)  # (N, C, H, W)
+        self.real, self.real_labels = data.train_images.to(device), data.train_labels.to(device)
+        self.noise = noise_for(n, self.real.shape[1:], settings.seed + 10, device)  # (N, C, H, W)
         self.images = torch.zeros_like(self.noise)
         self.labels = balanced_labels(n, teacher.network.classes, device)
         self.teacher, self.steps, self.guidance = teacher, settings.pairs_ddim_steps, settings.pairs_guidance
@@ -38,7 +42,7 @@ class Pairs:
         return {"deviation": self.images[chunk].std()}
 
     def state_dict(self):
-        """The images alone: the noise comes from the seed."""
+        """The teacher's images alone: the noise comes from the seed."""
         return {"images": self.images}
 
     def load_state_dict(self, state):
@@ -48,28 +52,27 @@ class Pairs:
         self.images.copy_(state["images"])
 
 
-def draw_pairs(folder, teacher, shape, settings, device, key):
+def draw_pairs(folder, teacher, data, settings, device, key):
     """(Pairs, seconds); (None, 0) where the student starts as a copy of the teacher."""
     if settings.start == "teacher":
         return None, 0.0
-    pairs = Pairs(teacher, shape, settings, device)
+    pairs = Pairs(teacher, data, settings, device)
     return pairs, run_loop(folder, "teacher's pairs", {"pairs": pairs}, pairs.draw, pairs.chunks, key, settings)
 
 
-def pair_loss(student, pairs, index, generator):
-    """‖x̂_θ(x_s, s) - x‖² of the pairs with that index, a mean over elements, (B,): at τ_n from the pair's own noise,
-    below it from the image with fresh noise, so that the student goes on denoising there."""
-    x, y = pairs.images[index], pairs.labels[index]
-    s = student.draw_timesteps(len(x), x.device, generator)
-    fresh = torch.randn(x.shape, device=x.device, generator=generator)
-    noise = torch.where(student.is_terminal(s)[:, None, None, None], pairs.noise[index], fresh)
+def pair_loss(student, pairs, n, generator):
+    """‖x̂_θ(x_s, s) - x‖² of n samples, a mean over elements, (n,): at τ_n of pairs, from their own noise; below it of real
+    images with fresh noise, as the teacher learned."""
+    device = pairs.noise.device
+    s = student.draw_timesteps(n, device, generator)
+    pair, real = (torch.randint(len(x), (n,), device=device, generator=generator) for x in (pairs.noise, pairs.real))
+    x = student.denoiser.encode(to_float(pairs.real[real]))
+    fresh = torch.randn(x.shape, device=device, generator=generator)
+    last = student.is_terminal(s)
+    y = torch.where(last, pairs.labels[pair], pairs.real_labels[real])
+    last = last[:, None, None, None]
+    x, noise = torch.where(last, pairs.images[pair], x), torch.where(last, pairs.noise[pair], fresh)
     return (student(student.diffuse(x, noise, s), s, y) - x).square().flatten(1).mean(1)
-
-
-def draw_pair_loss(student, pairs, n, generator):
-    """pair_loss of n pairs drawn at random, its mean."""
-    index = torch.randint(len(pairs.noise), (n,), device=pairs.noise.device, generator=generator)
-    return pair_loss(student, pairs, index, generator).mean()
 
 
 def make_student(folder, teacher, pairs, settings, device, key):
@@ -85,7 +88,7 @@ def make_student(folder, teacher, pairs, settings, device, key):
     generator = torch.Generator(device).manual_seed(settings.seed + 11)
 
     def step(i):
-        loss = draw_pair_loss(student, pairs, settings.distil_batch, generator)
+        loss = pair_loss(student, pairs, settings.distil_batch, generator).mean()
         descend(loss, optimizer, "student's start")
         lr.step()
         ema.update_parameters(network)
