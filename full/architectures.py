@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from add import NoiseSchedule
-from full.backbones import PIPELINES, Backbone, BackboneError, one_line
+from full.backbones import PIPELINES, Backbone, BackboneError, first_line
 from full.features import IMAGE_NETWORKS, VisionTransformer, unit_scale
 from full.settings import BACKBONES, from_name
 
@@ -85,7 +85,7 @@ def _read(load, what, names):
         return load()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
-            f"{what}: no such network on this machine ({one_line(error)}); --plan downloads nothing: "
+            f"{what}: no such network on this machine ({first_line(error)}); --plan downloads nothing: "
             f"give a folder, fetch it with `hf download`, or choose one of {', '.join(names)}"
         ) from error
 
@@ -94,8 +94,8 @@ def _folder(name, file):
     """The folder that has the file of a name: itself, or one in the hub's cache. OSError if there is neither. The hub's
     loaders would go to the network even with local_files_only, to report who calls."""
     found = Path(name, file) if Path(name).is_dir() else try_to_load_from_cache(name, file)
-    if not isinstance(found, (str, Path)):
-        raise OSError("neither a folder nor in the hub's cache")
+    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+        raise OSError(f"no {file} there, neither in a folder nor in the hub's cache")
     return str(Path(found).parent)
 
 
@@ -150,8 +150,7 @@ class MetaBackbone(Backbone):
         with META:
             if name == "taesd":
                 return _freeze(AutoencoderTiny(), self.pipe.vae.dtype)
-            load = lambda: AutoencoderTiny.load_config(_folder(name, "config.json"))  # noqa: E731
-            config = _read(load, f"--vae {name}", ("kl", "taesd"))
+            config = _read(lambda: AutoencoderTiny.load_config(_folder(name, "config.json")), f"--vae {name}", ("kl", "taesd"))
             return _freeze(AutoencoderTiny.from_config(config), self.pipe.vae.dtype)
 
 

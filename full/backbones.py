@@ -24,7 +24,7 @@ class BackboneError(ValueError):
     """A checkpoint that cannot be had or used; the message is one line."""
 
 
-def one_line(error):
+def first_line(error):
     """The first line of a library's message, without its full stop."""
     return str(error).strip().split("\n")[0].rstrip(".")
 
@@ -83,7 +83,7 @@ class Backbone:
             config = DiffusionPipeline.load_config(self.path)
         except LOAD_ERRORS as error:
             raise BackboneError(
-                f"{name}: no diffusers pipeline there, as folder or hub repository ({one_line(error)})"
+                f"{name}: no diffusers pipeline there, as folder or hub repository ({first_line(error)})"
             ) from error
         if config.get("_class_name") not in PIPELINES:
             raise BackboneError(f"{name}: is a {config.get('_class_name')}; this code distils {' and '.join(PIPELINES)}")
@@ -94,7 +94,7 @@ class Backbone:
             # Always with a dtype: without one the parts come in several.
             self.pipe = DiffusionPipeline.from_pretrained(self.path, dtype=dtype, **self.extra)
         except LOAD_ERRORS as error:
-            raise BackboneError(f"{name}: cannot be loaded ({one_line(error)})") from error
+            raise BackboneError(f"{name}: cannot be loaded ({first_line(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
         for part, tokenizer in self.pipe.components.items():  # transformers makes an empty one where there are no files
             if part.startswith("tokenizer") and tokenizer.model_max_length > 10**6:
@@ -168,7 +168,7 @@ class Backbone:
         try:
             decoder = AutoencoderTiny.from_pretrained(path, dtype=self.pipe.vae.dtype)
         except LOAD_ERRORS as error:
-            raise BackboneError(f"--vae {name}: no tiny decoder there ({one_line(error)})") from error
+            raise BackboneError(f"--vae {name}: no tiny decoder there ({first_line(error)})") from error
         return decoder.requires_grad_(False).eval().to(self.device)
 
 

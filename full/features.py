@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from add import readout
-from full.backbones import LOAD_ERRORS, BackboneError, one_line
+from full.backbones import LOAD_ERRORS, BackboneError, first_line
 
 IMAGE_NETWORKS = {
     "dinov2-s": "facebook/dinov2-small",
@@ -27,7 +27,7 @@ def load_vit(name, dtype, what):
         network = kind.from_pretrained(path, dtype=dtype)
     except LOAD_ERRORS as error:
         names = ", ".join(IMAGE_NETWORKS)
-        raise BackboneError(f"--{what} {name}: none of {names}, nor a vision model ({one_line(error)})") from error
+        raise BackboneError(f"--{what} {name}: none of {names}, nor a vision model ({first_line(error)})") from error
     if network.config.model_type not in ("dinov2", "vit", "clip_vision_model"):
         raise BackboneError(f"--{what} {name}: is a {network.config.model_type}; DINOv2, ViT and CLIP are known")
     return network.requires_grad_(False).eval()
@@ -96,7 +96,7 @@ class TextFeatures:
             self.tokenize = open_clip.get_tokenizer(model)
         except LOAD_ERRORS as error:
             raise BackboneError(
-                f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one ({one_line(error)})"
+                f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one ({first_line(error)})"
             ) from error
         network.visual = None  # three quarters of it
         self.network = network.requires_grad_(False).eval().to(device, dtype)

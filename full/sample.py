@@ -38,7 +38,9 @@ def timesteps_of(folder, steps):
     if not path.exists():
         return None
     try:
-        trained = [int(t) for t in json.loads(path.read_text())["timesteps"]]
+        trained = json.loads(path.read_text())["timesteps"]
+        if not trained or [t for t in range(1000) if t in trained] != trained:
+            raise ValueError(f"timesteps {trained} do not rise within 0…999")
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: not what full/run.py wrote ({error})") from error
     if is_evenly_spaced(trained):
@@ -49,12 +51,12 @@ def timesteps_of(folder, steps):
 
 def load_pipeline(kind, name, dtype, flag="--pipeline"):
     """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars. ValueError."""
-    from full.backbones import LOAD_ERRORS, one_line
+    from full.backbones import LOAD_ERRORS, first_line
 
     try:
         pipe = kind.from_pretrained(name, dtype=dtype)
     except LOAD_ERRORS as error:
-        what = f"cannot be loaded, as a pipeline folder or a hub repository ({one_line(error)})"
+        what = f"cannot be loaded, as a pipeline folder or a hub repository ({first_line(error)})"
         raise ValueError(f"{flag} {name}: {what}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -113,7 +115,7 @@ def sample(arguments):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which)."""
+    """Exit codes: 0 done, 2 it cannot be done (one line says why)."""
     arguments = parse_arguments(argv)
     try:
         paths = sample(arguments)

@@ -290,18 +290,26 @@ class Trainer:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            write(temporary / "training.pt", {
-                "version": VERSION, "data": self.settings.data, "step": self.step, "processes": accelerator.num_processes,
-                "network": network, "average": average,
-                "optimizer": optimizer, "heads": self.add.discriminator.heads.state_dict(),
-                "heads_optimizer": self.heads_optimizer.state_dict(),
-            })  # fmt: skip
         accelerator.wait_for_everyone()
-        write(temporary / f"process_{accelerator.process_index}.pt", {
+        own = {
             "data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
             "skipped": self.skipped, "nonfinite": self.nonfinite, "won": list(self.won),
-        })  # fmt: skip
-        accelerator.wait_for_everyone()
+        }  # fmt: skip
+        failed = None
+        try:
+            if accelerator.is_main_process:
+                write(temporary / "training.pt", {
+                    "version": VERSION, "data": self.settings.data, "step": self.step, "processes": accelerator.num_processes,
+                    "network": network, "average": average, "optimizer": optimizer,
+                    "heads": self.add.discriminator.heads.state_dict(), "heads_optimizer": self.heads_optimizer.state_dict(),
+                })  # fmt: skip
+            write(temporary / f"process_{accelerator.process_index}.pt", own)
+        except CheckpointError as error:
+            failed = error
+        if accelerator.reduce(torch.tensor([float(failed is not None)], device=self.device), "sum").item():  # all of them leave
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+            raise failed or CheckpointError(f"{temporary}: another process could not write its part")
         if accelerator.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)

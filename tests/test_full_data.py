@@ -171,6 +171,27 @@ def test_a_shard_whose_name_is_a_command_is_read_and_not_run(tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
+def test_names_inside_a_shard_write_nothing_anywhere(tmp_path, monkeypatch):
+    """Paths that climb out, absolute ones and links: what a shard holds is read, never unpacked."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    names = ["../up", "../../further", str(tmp_path / "absolute"), "plain"]
+    with tarfile.open(tmp_path / "data" / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in names:
+            for suffix, content in (("jpg", jpeg(9)), ("txt", name.encode())):
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    before = sorted(tmp_path.rglob("*"))
+    seen = [c for _, batch in zip(range(6), data.make_loader(settings(tmp_path / "data")), strict=False) for c in batch["caption"]]
+    assert set(seen) <= set(names) and "plain" in seen
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("make", [lambda: 1 / 0, lambda: [].get("x"), lambda: None + 1], ids=["arithmetic", "attribute", "type"])
 def test_whatever_a_broken_sample_raises_is_counted_and_the_first_are_named(tmp_path, make, capsys):
     class Source:

@@ -81,6 +81,9 @@ def planned(bare):
 
 def forbid_network(patch):
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # The hub's loaders ask once a process, and once a day, for something more than the file.
+    patch.setattr("huggingface_hub.constants.AGENT_HARNESSES_PATH", "/nowhere", raising=False)
+    patch.setattr("huggingface_hub.utils._detect_agent._registry", None, raising=False)
     patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the plan went to the network"))
 
 

@@ -54,8 +54,8 @@ def whole(checkpoints, tmp_path_factory):  # noqa: F811
     return out
 
 
-@pytest.mark.parametrize("at, number", [(1, signal.SIGTERM), (3, signal.SIGINT)])
-def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, whole, tmp_path, at, number, monkeypatch, capsys):  # noqa: F811
+def stop_and_resume(checkpoints, out, at, number, monkeypatch, capsys, **more):  # noqa: F811
+    """Train, with a signal in the midst of the iteration after `at`, and finish."""
     iteration = training.Trainer.iteration
 
     def stopping(self, batches):
@@ -63,13 +63,25 @@ def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, who
             signal.raise_signal(number)
         return iteration(self, batches)
 
-    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "iteration", stopping)
-        assert run.main(flags(checkpoints, tmp_path, **more)) == 128 + number
-    assert "--resume auto" in capsys.readouterr().err and read(last(tmp_path) / "training.pt")["step"] == at + 1
-    train(checkpoints, tmp_path, "--resume", "auto", **more)
+        assert run.main(flags(checkpoints, out, **more)) == 128 + number
+    assert "--resume auto" in capsys.readouterr().err and read(last(out) / "training.pt")["step"] == at + 1
+    train(checkpoints, out, "--resume", "auto", **more)
+
+
+@pytest.mark.parametrize("at, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (3, signal.SIGINT)])
+def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, whole, tmp_path, at, number, monkeypatch, capsys):  # noqa: F811
+    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    stop_and_resume(checkpoints, tmp_path, at, number, monkeypatch, capsys, **more)
     assert_same_run(whole, tmp_path)
+
+
+def test_with_workers_a_resumed_run_reads_on_where_it_stopped(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
+    more = dict(steps=7, batch=2, workers=2, save_every=2, random_crop="true", flip="true")
+    train(checkpoints, tmp_path / "whole", **more)
+    stop_and_resume(checkpoints, tmp_path / "cut", 4, signal.SIGTERM, monkeypatch, capsys, **more)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def launch(processes, *arguments, own_group=False, script=ROOT / "full" / "run.py"):
@@ -96,37 +108,52 @@ def test_two_processes_resume_to_the_bit(checkpoints, tmp_path):  # noqa: F811
         assert same(*(read(last(tmp_path / out) / name) for out in ("whole", "cut"))), name
 
 
+def finish(process):
+    """(exit code, stderr) of one that was launched."""
+    err = process.communicate(timeout=300)[1]
+    return process.returncode, err
+
+
 def test_two_processes_agree_on_a_torn_checkpoint(checkpoints, tmp_path):  # noqa: F811
     """The second process's file is cut: both go on from the checkpoint before."""
     more = flags(checkpoints, tmp_path / "run", steps=3, batch=2, save_every=1)
-    assert launch(2, *more).wait(300) == 0
+    assert finish(launch(2, *more))[0] == 0
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
     path = last(tmp_path / "run") / "process_1.pt"
     path.write_bytes(path.read_bytes()[:-40])
-    process = launch(2, *more, "--resume", "auto")
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, err[-3000:]
+    code, err = finish(launch(2, *more, "--resume", "auto"))
+    assert code == 0, err[-3000:]
     assert err.count(f"{path} is not a checkpoint of this program, or is cut short") == 1
     for name in ("training.pt", "process_0.pt", "process_1.pt"):
         assert same(*(read(last(out) / name) for out in (tmp_path / "run", whole))), name
 
 
+def broken(checkpoints, out, *what, **more):  # noqa: F811
+    """full_broken.py in two processes, three steps, each saved: (their exit codes, stderr)."""
+    more = flags(checkpoints, out, steps=3, batch=2, save_every=1, **more)
+    err = finish(launch(2, *what, *more, script=ROOT / "tests" / "full_broken.py"))[1]
+    return [int((out / f"exit_{rank}").read_text()) for rank in (0, 1)], err
+
+
 def test_two_processes_agree_on_what_one_of_them_saw(checkpoints, tmp_path):  # noqa: F811
     """Images that are no numbers reach the second process alone: both stop, or both skip the step."""
-    script, more = ROOT / "tests" / "full_broken.py", dict(steps=3, batch=2, save_every=1)
-    process = launch(2, 1, 2, *flags(checkpoints, tmp_path / "a", **more), script=script)
-    err = process.communicate(timeout=300)[1]
-    lines = [line for line in err.splitlines() if "step 2: not finite: " in line]
-    assert process.returncode != 0 and lines and all("step_0000001" in line for line in lines), err[-3000:]
+    codes, err = broken(checkpoints, tmp_path / "a", "images", 1, 2)
+    assert codes == [2, 2] and err.count("step 2: not finite: ") == 2, err[-3000:]
     assert read(last(tmp_path / "a") / "training.pt")["step"] == 1
-    process = launch(2, 1, 2, *flags(checkpoints, tmp_path / "b", **more, skip_nonfinite=1), script=script)
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, err[-3000:]
+    codes, err = broken(checkpoints, tmp_path / "b", "images", 1, 2, skip_nonfinite=1)
+    assert codes == [0, 0], err[-3000:]
     assert [row["nonfinite"] for row in log_of(tmp_path / "b")] == [0, 1, 1]
     state = read(last(tmp_path / "b") / "training.pt")
     assert state["step"] == 3
     assert [read(last(tmp_path / "b") / f"process_{rank}.pt")["nonfinite"] for rank in (0, 1)] == [1, 1]
     assert all(x.isfinite().all() for x in state["network"].values())
+
+
+def test_two_processes_leave_when_one_of_them_cannot_write(checkpoints, tmp_path):  # noqa: F811
+    codes, err = broken(checkpoints, tmp_path, "disk", 1, 2)
+    assert codes == [2, 2], err[-3000:]
+    assert "process_1.pt: cannot be written: the disk is full" in err and "another process could not write its part" in err
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
 
 
 def kill_and_resume(checkpoints, tmp_path, times, seed):  # noqa: F811
@@ -241,9 +268,11 @@ def test_a_small_disk_that_fills_up_leaves_the_last_checkpoint_and_the_run_goes_
     """There is room for one checkpoint, not for two."""
     folder = tmp_path / "disk"
     command = shlex.join([sys.executable, "full/run.py", *flags(checkpoints, folder / "run", steps=2, save_every=1)])
-    (code, out), (whole, found), (resumed, again) = on_a_small_disk(folder, "6m", f"ACCELERATE_USE_CPU=true {command}", "--resume auto")
-    assert code == 2 and "the disk is full" in out.splitlines()[-1] and f"{folder}/run/checkpoints/step_0000002" in out.splitlines()[-1]
-    assert (whole, found) == (0, "2\n") and resumed == 0, (found, again)
+    first, there, second = on_a_small_disk(folder, "6m", f"ACCELERATE_USE_CPU=true {command}", "--resume auto")
+    line = first[1].splitlines()[-1]
+    assert first[0] == 2 and "the disk is full" in line and f"{folder}/run/checkpoints/step_0000002" in line
+    assert there == [f"run/checkpoints/step_0000001/{name}.pt" for name in ("process_0", "training")]
+    assert second[0] == 0 and "from step 1" in second[1], second[1][-2000:]
 
 
 def test_what_is_not_finite_stops_the_run_or_is_skipped_and_counted(checkpoints, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -315,7 +344,7 @@ def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsy
 
 def test_a_pipelines_list_of_timesteps_that_is_none_is_named(whole, tmp_path, capsys):
     folder = shutil.copytree(whole / "pipeline", tmp_path / "pipeline")
-    for text in ("{", "[]", '{"timesteps": ["x"]}', "{}"):
+    for text in ("{", "[]", '{"timesteps": ["x"]}', "{}", '{"timesteps": [Infinity]}', '{"timesteps": "199"}', '{"timesteps": [499, 99]}'):
         (folder / "add.json").write_text(text)
         assert sample.main(["--pipeline", str(folder), "--prompt", "a fox", "--out", str(tmp_path / "drawn")]) == 2
         assert str(folder / "add.json") in capsys.readouterr().err.splitlines()[-1]

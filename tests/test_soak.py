@@ -1,6 +1,7 @@
 """Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -s tests/test_soak.py
 (ADD_SOAK_MINUTES, 120 unless set). The toy and full/ run side by side, one thread each."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,13 +37,24 @@ class Watched:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.began, self.memory, self.sizes = time.time(), [], []
 
+    def _processes(self):
+        """This one and the loader's workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [self.process.pid, *map(int, children.split())]
+
     def look(self):
         assert self.process.poll() is None, f"{self.name} ended by itself"
-        if any(self.folder.glob(self.first)):
-            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-            self.memory.append(((time.time() - self.began) / 3600, pages * PAGE / 2**20))
-            files = [f for f in self.folder.rglob("*") if f.suffix not in (".csv", ".jsonl") and ".tmp" not in str(f)]
-            self.sizes.append(sum(f.stat().st_size for f in files if f.is_file()))
+        if not any(self.folder.glob(self.first)):
+            return
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._processes())
+        self.memory.append(((time.time() - self.began) / 3600, pages * PAGE / 2**20))
+        self.sizes.append(0)
+        for where, _, files in os.walk(self.folder):  # folders and files come and go meanwhile
+            for file in files:
+                path = os.path.join(where, file)
+                if not file.endswith((".csv", ".jsonl")) and ".tmp" not in os.path.relpath(path, self.folder):
+                    with contextlib.suppress(OSError):
+                        self.sizes[-1] += os.path.getsize(path)
 
     def stop(self):
         """Asks it to save and leave; prints what was seen: (growth of memory over the whole, its mean, files' sizes)."""

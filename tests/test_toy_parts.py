@@ -19,7 +19,7 @@ from toy.loop import CLOCKED, GeneratorState, TrainingError, read_log, run_loop,
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
 from toy.networks import MetricNet, UNet, ViT, has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
-from toy.teacher import Standardize, training_target
+from toy.teacher import Standardize, make_denoiser, training_target
 
 # Metrics -------------------------------------------------------------------------------------------------------------
 
@@ -273,6 +273,12 @@ def test_a_cpu_has_bfloat16_if_it_says_so(can, has, monkeypatch):
     assert has_bf16(torch.device("cpu")) is has and has_bf16(torch.device("mps")) is False
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.11
     assert has_bf16(torch.device("cpu")) is False
+
+
+@pytest.mark.parametrize("precision, bf16", [("fp32", False), ("bf16", True)])
+def test_teacher_and_student_compute_in_the_precision_of_the_settings(precision, bf16):
+    settings = Settings(**PRESETS["tiny"] | {"precision": precision})
+    assert make_denoiser(1, 3, settings, Standardize(0.0, 1.0)).network.bf16 is bf16
 
 
 def test_patches_are_what_the_tokens_embed():

@@ -15,7 +15,7 @@ from test_toy_parts import rows_of
 from toy import run, sample
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cpu", "--threads", "1"]
+TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cpu", "--threads", "1", "--precision", "fp32"]
 STAGES = ("metric", "features", "teacher", "pairs", "start", "distil")
 
 
@@ -62,6 +62,7 @@ def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
         assert (folder / stage / "log.csv").read_text().count("\n") >= 2
     assert "| student before ADD | 1 | 1 | 1 |" in report
     assert "| **ADD student** | 1 | 1 | 1 |" in report and "| **ADD student** | 4 | 1 | 4 |" in report
+    assert " · fp32 · " in report
     assert "not FID" in report and "glyphs (built in)" in report
 
 

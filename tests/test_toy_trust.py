@@ -64,19 +64,23 @@ def stopping(run_loop, stage, at, number):
     return loop
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_stopped_in_every_stage_and_resumed_is_as_if_never_stopped(finished, tmp_path, seed, monkeypatch, capsys):  # noqa: F811
-    draw, out = random.Random(seed), tmp_path / "run"
+@pytest.mark.parametrize("seed, precision", [(0, "fp32"), (1, "bf16")])
+def test_stopped_in_every_stage_and_resumed_is_as_if_never_stopped(finished, tmp_path, seed, precision, monkeypatch, capsys):  # noqa: F811
+    draw, out, whole = random.Random(seed), tmp_path / "run", finished[0]
+    command = [*TINY, "--precision", precision]
+    if precision != "fp32":
+        whole = tmp_path / "whole"
+        assert run.main([*command, "--out", str(whole)]) == 0
     for n, (stage, steps) in enumerate(STEPS.items()):
         number, at = draw.choice([signal.SIGINT, signal.SIGTERM]), draw.randrange(steps)
         with monkeypatch.context() as patch:
             for module in (metrics, features, teacher, start, distil):
                 patch.setattr(module, "run_loop", stopping(module.run_loop, stage, at, number))
-            code = run.main([*TINY, "--out", str(out), *(["--resume"] if n else [])])
+            code = run.main([*command, "--out", str(out), *(["--resume"] if n else [])])
         assert code == 128 + number and "--resume" in capsys.readouterr().err
         assert read(out / stage / "checkpoint.pt")["step"] == at + 1
     assert run.main(["--resume", "--out", str(out), "--device", "cpu", "--threads", "1"]) == 0
-    assert_same_run(finished[0], out)
+    assert_same_run(whole, out)
 
 
 def test_the_same_command_gives_the_same_run(finished, tmp_path):  # noqa: F811
@@ -154,30 +158,38 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(fin
 
 
 def on_a_small_disk(folder, size, command, resume):
-    """What a command and, when there is room, its resumption print and leave with, as [(exit code, output)], when folder is
-    a tmpfs of that size; between them every checkpoint there is read. Skips where the system lends nobody a mount."""
+    """A command when folder is a tmpfs of that size, and its resumption when there is room: (exit code, output), the
+    checkpoints there in between (all of them whole, or it fails), (exit code, output). Skips where nothing can be mounted."""
     folder.mkdir()
-    if subprocess.run(["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
+    alone = ["unshare", "--mount", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    check = f"import checkpoints, pathlib; [checkpoints.verify(f) for f in pathlib.Path('{folder}').rglob('*.pt')]"
+    look = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoints, pathlib
+for file in sorted(pathlib.Path({str(folder)!r}).rglob("*.pt*")):
+    checkpoints.verify(file)
+    print(file.relative_to({str(folder)!r}))"""
+    (folder.parent / "look.py").write_text(look)
+    mark = "== the next part =="
     script = f"""mount -t tmpfs -o size={size} none {folder}
-        {command} 2>&1; echo "code $?"; {sys.executable} -c "{check}"; c=$?; find {folder} -name '*.tmp'; echo "code $c"
-        mount -o remount,size=64m {folder}; {command} {resume} 2>&1; echo "code $?" """
-    done = subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    first, check, second, rest = done.stdout.split("code ")
-    return [(int(check.split("\n")[0]), first), (int(second.split("\n")[0]), check), (int(rest), second)]
+        {command} 2>&1; echo "{mark}$?"
+        {sys.executable} {folder.parent / "look.py"} 2>&1; echo "{mark}"
+        mount -o remount,size=64m {folder}; {command} {resume} 2>&1; echo "{mark}$?" """
+    done = subprocess.run([*alone, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    first, there, second, code = done.stdout.split(mark)
+    return (int(there.split("\n")[0]), first), there.split("\n")[1:-1], (int(code), second)
 
 
 def test_a_small_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(tmp_path):
     """The metric network and F fit on it, the teacher does not."""
     folder = tmp_path / "disk"
     command = shlex.join([sys.executable, "toy/run.py", *TINY, "--out", str(folder / "run")])
-    (code, out), (whole, found), (resumed, again) = on_a_small_disk(folder, "5200k", command, "--resume")
-    assert code == 2 and out.splitlines()[-1] == (
+    first, there, second = on_a_small_disk(folder, "5200k", command, "--resume")
+    assert first[0] == 2 and first[1].splitlines()[-1] == (
         f"toy/run.py: {folder}/run/teacher/checkpoint.pt: cannot be written: the disk is full; make room, or name another folder; "
         "the checkpoint before it is intact"
     )
-    assert (whole, found) == (0, "2\n") and resumed == 0, (found, again)
+    assert there == ["run/features/checkpoint.pt", "run/metric/checkpoint.pt"]
+    assert second[0] == 0 and "teacher: 100%" in second[1] and "metric network: 100%" not in second[1], second[1][-2000:]
 
 
 @pytest.mark.parametrize("where", ["/sys/run", "file"])

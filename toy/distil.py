@@ -11,6 +11,7 @@ from checkpoints import one_line, read, write
 from flags import from_dict
 from toy.data import Batches
 from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
+from toy.networks import has_bf16
 from toy.settings import Settings
 from toy.start import pair_loss
 from toy.teacher import Standardize, make_denoiser
@@ -52,7 +53,7 @@ def make_batch(images, labels, features, classes, settings):
 
 
 def distil(folder, data, settings, student, teacher, pairs, features, device, key):
-    """(student with the EMA weights, seconds). pairs (start.Pairs, or None) go on to hold each noise to its image; also writes folder/student.pt, all that toy/sample.py needs."""
+    """(student with the EMA weights, seconds). pairs (start.Pairs, or None) go on to hold each noise to its image, and the student to the data below τ_n; also writes folder/student.pt, all that toy/sample.py needs."""
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     add = build_add(student, teacher, features, classes, settings, device)
@@ -108,6 +109,7 @@ def load_student(folder):
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
         denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
         denoiser.network.load_state_dict(state["network"])
+        denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{path} is not a student of this version ({one_line(error)[:200]}); train it again") from error
     return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

@@ -25,7 +25,7 @@ class Settings:
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
     checkpoint_seconds: float = option(60.0, "time between checkpoints: what a crash costs at the most")
-    precision: str = option("auto", "of teacher and student: fp32, bf16 (mixed), or auto: bf16 where the device has it", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "of teacher and student: fp32, bf16 (mixed), or auto: bf16 on x86 CPUs (torch 2.11) and GPUs that are faster with it", ("auto", "fp32", "bf16"))
     deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
     skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
 
@@ -53,7 +53,7 @@ class Settings:
     pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
-    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
+    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
     start_steps: int = option(2000, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
     start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
@@ -63,10 +63,10 @@ class Settings:
     distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
-    distil_timesteps: tuple[int, ...] = option((199, 399, 599, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.6, "share of the student's draws at the last of them (the paper: 0.25)")
+    distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
+    distil_terminal_share: float = option(0.65, "share of the student's draws at the last of them (the paper: 0.25)")
     distil_lambda: float = option(1.0, "weight of the distillation loss")
-    distil_anchor: float = option(3.0, "weight of the pairs' own loss beside ADD's, on half a batch (0: none; not in the paper)")
+    distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
     distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)
@@ -100,7 +100,7 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=24_000,
-        start_steps=8000, distil_steps=1200, distil_ema=0.995, distil_terminal_share=0.5, eval_images=2000,
+        start_steps=8000, distil_steps=1200, distil_ema=0.995, eval_images=2000,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,

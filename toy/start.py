@@ -1,4 +1,5 @@
-"""Where the student starts: as a copy of the teacher, or as what the teacher's own pairs of noise and image make of it.
+"""Where the student starts: as a copy of the teacher, or as what the teacher's own pairs of noise and image, and the
+data, make of it.
 
 From pure noise the teacher's one-step x̂_0 is nearly the mean of its class, whatever the noise. A student that starts
 there has to find every way of drawing a digit through a small discriminator, and finds few of them. The teacher's own
@@ -61,17 +62,16 @@ def draw_pairs(folder, teacher, data, settings, device, key):
 
 
 def pair_loss(student, pairs, n, generator):
-    """‖x̂_θ(x_s, s) - x‖² of n samples, a mean over elements, (n,): at τ_n of pairs, from their own noise; below it of real
-    images with fresh noise, as the teacher learned."""
+    """‖x̂_θ(x_s, s) - x‖² of n samples, a mean over elements, (n,): at τ_n x is a pair's image, and its noise the input; below
+    it x is a real image, with fresh noise."""
     device = pairs.noise.device
     s = student.draw_timesteps(n, device, generator)
-    pair, real = (torch.randint(len(x), (n,), device=device, generator=generator) for x in (pairs.noise, pairs.real))
-    x = student.denoiser.encode(to_float(pairs.real[real]))
-    fresh = torch.randn(x.shape, device=device, generator=generator)
-    last = student.is_terminal(s)
-    y = torch.where(last, pairs.labels[pair], pairs.real_labels[real])
-    last = last[:, None, None, None]
-    x, noise = torch.where(last, pairs.images[pair], x), torch.where(last, pairs.noise[pair], fresh)
+    i, j = (torch.randint(len(x), (n,), device=device, generator=generator) for x in (pairs.noise, pairs.real))
+    real = student.denoiser.encode(to_float(pairs.real[j]))
+    fresh = torch.randn(real.shape, device=device, generator=generator)
+    at_end = student.is_terminal(s)
+    y, at_end = torch.where(at_end, pairs.labels[i], pairs.real_labels[j]), at_end[:, None, None, None]
+    x, noise = torch.where(at_end, pairs.images[i], real), torch.where(at_end, pairs.noise[i], fresh)
     return (student(student.diffuse(x, noise, s), s, y) - x).square().flatten(1).mean(1)
 
 
