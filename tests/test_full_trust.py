@@ -96,36 +96,35 @@ def launch(processes, *arguments, own_group=False, script=ROOT / "full" / "run.p
     )  # fmt: skip
 
 
-def test_two_processes_resume_to_the_bit(checkpoints, tmp_path):  # noqa: F811
-    for out, steps in (("whole", [3]), ("cut", [2, 3])):
-        for n in steps:
-            more = flags(checkpoints, tmp_path / out, steps=n, batch=2)
-            process = launch(2, *more, *(["--resume", "auto"] if n > steps[0] else []))
-            err = process.communicate(timeout=300)[1]
-            assert process.returncode == 0, err[-3000:]
-    assert len(list(last(tmp_path / "cut").glob("process_*.pt"))) == 2
-    for name in ("training.pt", "process_0.pt", "process_1.pt"):
-        assert same(*(read(last(tmp_path / out) / name) for out in ("whole", "cut"))), name
-
-
 def finish(process):
     """(exit code, stderr) of one that was launched."""
     err = process.communicate(timeout=300)[1]
     return process.returncode, err
 
 
-def test_two_processes_agree_on_a_torn_checkpoint(checkpoints, tmp_path):  # noqa: F811
-    """The second process's file is cut: both go on from the checkpoint before."""
-    more = flags(checkpoints, tmp_path / "run", steps=3, batch=2, save_every=1)
-    assert finish(launch(2, *more))[0] == 0
-    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    path = last(tmp_path / "run") / "process_1.pt"
+def test_two_processes_resume_to_the_bit_also_after_a_torn_checkpoint(checkpoints, tmp_path):  # noqa: F811
+    """One run of three steps; one of two, gone on with; and the first with the second process's last file cut: both
+    processes go on from the checkpoint before."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def train_two(out, steps, *more):
+        code, err = finish(launch(2, *flags(checkpoints, out, steps=steps, batch=2, save_every=1), *more))
+        assert code == 0, err[-3000:]
+        return err
+
+    def same_as_cut():
+        assert [f.name for f in sorted(last(cut).iterdir())] == ["process_0.pt", "process_1.pt", "training.pt"]
+        return all(same(read(last(whole) / file.name), read(file)) for file in last(cut).iterdir())
+
+    train_two(whole, 3)
+    train_two(cut, 2)
+    train_two(cut, 3, "--resume", "auto")
+    assert same_as_cut()
+    path = last(whole) / "process_1.pt"
     path.write_bytes(path.read_bytes()[:-40])
-    code, err = finish(launch(2, *more, "--resume", "auto"))
-    assert code == 0, err[-3000:]
+    err = train_two(whole, 3, "--resume", "auto")
     assert err.count(f"{path} is not a checkpoint of this program, or is cut short") == 1
-    for name in ("training.pt", "process_0.pt", "process_1.pt"):
-        assert same(*(read(last(out) / name) for out in (tmp_path / "run", whole))), name
+    assert same_as_cut()
 
 
 def broken(checkpoints, out, *what, **more):  # noqa: F811
