@@ -26,10 +26,10 @@ def start(script, *arguments):
     )  # fmt: skip
 
 
-def call(script, *arguments):
+def call(script, *arguments, timeout=240):
     """(exit code, stdout, stderr)."""
     process = start(script, *arguments)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 

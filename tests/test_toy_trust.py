@@ -119,7 +119,7 @@ def kill_and_resume(tmp_path, times, seed):
     finish it: each time it goes on from the last step but at most one, and it ends as if it had never been killed."""
     folder, whole, draw, kills = tmp_path / "run", tmp_path / "whole", random.Random(seed), 0
     longer = [*TINY, "--teacher-steps", str(100 * times), "--distil-steps", str(40 * times)]
-    assert call("run.py", *longer, "--out", whole)[0] == 0
+    assert call("run.py", *longer, "--out", whole, timeout=1800)[0] == 0
     command = [sys.executable, ROOT / "toy" / "run.py", *longer, "--out", folder, "--checkpoint-seconds", "0"]
     while kills < times:
         resume = ["--resume"] if (folder / "config.json").exists() else []
@@ -132,7 +132,7 @@ def kill_and_resume(tmp_path, times, seed):
             if state := read_last(folder / stage / "checkpoint.pt"):
                 logged = [int(row["step"]) for row in rows_of(folder / stage / "log.csv") if row["nonfinite"] is not None]
                 assert state["step"] >= max(logged, default=0) - 1, stage
-    code, _, err = call("run.py", *longer, "--out", folder, "--resume")
+    code, _, err = call("run.py", *longer, "--out", folder, "--resume", timeout=1800)
     assert code == 0 and "looking for the one before it" not in err, err
     assert_same_run(whole, folder)
 
