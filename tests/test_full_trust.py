@@ -28,6 +28,7 @@ from full import train as training
 from full.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+FIVE = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")  # iterations of two micro-batches
 
 
 def last(out):
@@ -50,7 +51,7 @@ def assert_same_run(a, b):
 def whole(checkpoints, tmp_path_factory):  # noqa: F811
     """A run of five iterations of two micro-batches that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
-    train(checkpoints, out, steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    train(checkpoints, out, **FIVE)
     return out
 
 
@@ -72,8 +73,7 @@ def stop_and_resume(checkpoints, out, at, number, monkeypatch, capsys, **more): 
 
 @pytest.mark.parametrize("at, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (3, signal.SIGINT)])
 def test_stopped_at_any_step_and_resumed_is_as_if_never_stopped(checkpoints, whole, tmp_path, at, number, monkeypatch, capsys):  # noqa: F811
-    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
-    stop_and_resume(checkpoints, tmp_path, at, number, monkeypatch, capsys, **more)
+    stop_and_resume(checkpoints, tmp_path, at, number, monkeypatch, capsys, **FIVE)
     assert_same_run(whole, tmp_path)
 
 
@@ -187,8 +187,7 @@ def test_a_run_that_is_there_is_not_written_over(checkpoints, whole, tmp_path, c
     out = shutil.copytree(whole, tmp_path / "run")
     assert run.main(flags(checkpoints, out)) == 2
     assert f"--out {out}: holds a run; --resume auto goes on with it" in capsys.readouterr().err
-    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
-    train(checkpoints, out, "--resume", str(out / "checkpoints" / "step_0000004"), **more)  # not the last: that one goes
+    train(checkpoints, out, "--resume", str(out / "checkpoints" / "step_0000004"), **FIVE)  # not the last: that one goes
     assert_same_run(whole, out)
 
 
@@ -205,7 +204,6 @@ def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(checkpoin
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(checkpoints, whole, tmp_path, capsys):  # noqa: F811
-    more = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
     assert [f.name for f in sorted((whole / "checkpoints").iterdir())] == ["step_0000004", "step_0000005"]  # the last two
     for file in ("training.pt", "process_0.pt"):
         out = shutil.copytree(whole, tmp_path / file)
@@ -213,12 +211,12 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(checkpoints, w
         path.write_bytes(path.read_bytes()[:-40])
         with open(out / "log.jsonl", "a") as file:
             file.write('{"step": 5, "torn')  # and rows 5 is there as well: both are from after the checkpoint of step 4
-        train(checkpoints, out, "--resume", "auto", **more)
+        train(checkpoints, out, "--resume", "auto", **FIVE)
         assert f"{path} is not a checkpoint of this program, or is cut short" in capsys.readouterr().err
         assert_same_run(whole, out)
     for folder in (out / "checkpoints").iterdir():
         (folder / "training.pt").write_bytes(b"")
-    assert run.main([*flags(checkpoints, out, **more), "--resume", "auto"]) == 2
+    assert run.main([*flags(checkpoints, out, **FIVE), "--resume", "auto"]) == 2
     assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -239,7 +237,7 @@ def test_a_checkpoint_of_another_data_set_or_version_is_named(checkpoints, whole
 
 
 def test_the_same_command_gives_the_same_run(checkpoints, whole, tmp_path):  # noqa: F811
-    train(checkpoints, tmp_path, steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", flip="true")
+    train(checkpoints, tmp_path, **FIVE)
     assert_same_run(whole, tmp_path)
 
 

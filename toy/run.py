@@ -120,8 +120,10 @@ def run(arguments, given):
     seconds = {"data": time.time() - began}
     print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
     # A resumed "auto" must not come to other data, or another precision.
-    precision = settings.precision if settings.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
     settings = dataclasses.replace(settings, dataset=data.kind, precision=precision)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
