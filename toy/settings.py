@@ -50,7 +50,7 @@ class Settings:
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
     pairs_number: int = option(8000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
-    pairs_ddim_steps: int = option(10, "DDIM steps that make such an image", limits=COUNT)
+    pairs_steps: int = option(10, "DPM-Solver++ steps that make such an image", limits=COUNT)
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
@@ -100,17 +100,17 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=24_000,
-        start_steps=8000, distil_steps=1200, distil_ema=0.995, eval_images=2000,
+        start_steps=8000, distil_steps=3000, distil_ema=0.998, eval_images=2000,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
-        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_ddim_steps=25, start_steps=10_000,
+        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_steps=25, start_steps=10_000,
         distil_steps=8000, distil_batch=128,
         distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
     ),
     "tiny": dict(
         limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
-        teacher_steps=6, teacher_batch=16, pairs_number=120, pairs_ddim_steps=2, start_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
+        teacher_steps=6, teacher_batch=16, pairs_number=120, pairs_steps=2, start_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
         eval_images=64, eval_guidances=(1.0, 2.0), eval_steps=(1, 4),
     ),
 }  # fmt: skip
