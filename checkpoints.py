@@ -21,10 +21,11 @@ class CheckpointError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM, once what was under way has been saved; .code is the exit code that says which."""
+    """SIGINT or SIGTERM: once what was under way has been saved, or a second one, that did not wait for it. .code is the
+    exit code that says which signal."""
 
-    def __init__(self, number):
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number, unsaved=False):
+        super().__init__(f"a second {signal.Signals(number).name}, unsaved" if unsaved else signal.Signals(number).name)
         self.code = 128 + number
 
 
@@ -162,14 +163,16 @@ def peak_memory(device):
 
 @contextmanager
 def postponed_signals():
-    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, so that no step is cut in half; a second
-    one stops at once."""
+    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, and says so, that no step is cut in half; a
+    second one stops at once."""
     received = []
 
     def handler(number, frame):
         if received:
-            raise Stopped(number)
+            raise Stopped(number, unsaved=True)
         received.append(number)
+        # Not print(): the signal may have come in the midst of another one.
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more stops at once, unsaved\n".encode())
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -143,12 +143,13 @@ def test_kill_9_while_writing_loses_one_checkpoint_at_the_most(tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_waits_and_the_second_stops(number, code):
+def test_the_first_signal_waits_and_the_second_stops(number, code, capfd):
     before = signal.getsignal(number)
     with postponed_signals() as received:
         signal.raise_signal(number)
-        assert received == [number]
+        assert received == [number] and f"{signal.Signals(number).name}: saving after this step" in capfd.readouterr().err
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(number)
-    assert stopped.value.code == code and str(stopped.value) == signal.Signals(number).name
+    assert stopped.value.code == code and str(stopped.value) == f"a second {signal.Signals(number).name}, unsaved"
+    assert str(Stopped(number)) == signal.Signals(number).name
     assert signal.getsignal(number) is before

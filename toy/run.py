@@ -171,7 +171,7 @@ def main(argv=None):
     try:
         folder, results, preset = run(arguments, given)
     except Stopped as stopped:
-        print(f"\nstopped by {stopped}; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\nstopped by {stopped}; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return stopped.code
     except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
         if arguments.debug:
