@@ -99,8 +99,8 @@ class Settings:
 PRESETS = {
     "cpu": {},
     "long": dict(
-        metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=24_000,
-        start_steps=8000, distil_steps=3000, distil_ema=0.998, eval_images=2000,
+        metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
+        start_steps=4000, distil_steps=3000, distil_ema=0.998, eval_images=2000,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
