@@ -68,10 +68,26 @@ def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
 
 def test_the_teacher_is_scored_at_the_guidance_that_suits_it_best(finished):
     results = json.loads((finished[0] / "results.json").read_text())["results"]
-    best = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 4}
-    assert set(best) == {1.0, 2.0} and results["best_guidance"] == min(best, key=best.get)
+    searched = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 2}
+    best = results["best_guidance"]
+    assert set(searched) == {1.0, 2.0} and best == min(searched, key=searched.get) and results["search_steps"] == 2
+    rows = [(1, best), (2, 1.0), (2, 2.0), (4, best)]
+    assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == rows
+    assert [row["evaluations"] for row in results["teacher"]] == [steps * int(guidance) for steps, guidance in rows]
     assert [row["evaluations"] for row in results["student"]] == [1, 2, 4]
-    assert {row["evaluations"] for row in results["teacher"] if row["guidance"] == 2.0} <= {2, 8}
+
+
+@pytest.mark.parametrize("flags, rows", [
+    (["--eval-search-steps", "0"], [(1, None), (4, 1.0), (4, 2.0)]),
+    (["--eval-search-steps", "9"], [(1, None), (4, 1.0), (4, 2.0)]),  # not at more steps than it is scored at
+    (["--eval-guidances", "1.5"], [(1, None), (4, 1.5)]),  # nothing to search for
+])  # fmt: skip
+def test_the_guidance_is_searched_for_at_the_steps_asked_for(finished, tmp_path, flags, rows):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    assert run.main([*TINY, "--out", str(folder), *flags]) == 0
+    results = json.loads((folder / "results.json").read_text())["results"]
+    expected = [(steps, results["best_guidance"] if guidance is None else guidance) for steps, guidance in rows]
+    assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == expected and results["search_steps"] == 4
 
 
 def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path):

@@ -55,7 +55,7 @@ def synchronize(device):
 
 def evaluate(data, settings, metric_net, teacher, started, student, device):
     """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, from settings.eval_images
-    images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at its best steps.
+    images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at eval_search_steps.
     """
     n, shape = settings.eval_images, data.train_images.shape[1:]
     labels, noise = balanced_labels(n, len(data.classes), device), noise_for(n, shape, settings.seed + 5, device)
@@ -82,9 +82,11 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         )
 
     best = settings.eval_steps[-1]
-    candidates = [teacher_row(best, g) for g in settings.eval_guidances]
+    search = min(settings.eval_search_steps or best, best) if len(settings.eval_guidances) > 1 else best
+    candidates = [teacher_row(search, g) for g in settings.eval_guidances]
     guidance = min(candidates, key=lambda r: r["fd"])["guidance"]
-    teacher_rows = [teacher_row(steps, guidance) for steps in settings.eval_steps[:-1]] + candidates
+    teacher_rows = candidates + [teacher_row(steps, guidance) for steps in settings.eval_steps if steps != search]
+    teacher_rows.sort(key=lambda r: (r["steps"], r["guidance"]))
 
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
 
@@ -101,6 +103,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         "floor": frechet_distance(every_train, test_features),  # all training images: what no sampler can be below
         "real": real | {"name": "real training images", "steps": None, "guidance": None, "evaluations": None},
         "best_guidance": guidance,
+        "search_steps": search,
         "teacher": teacher_rows,
         "started": student_rows("student before ADD", started),
         "student": student_rows("ADD student", student),

@@ -82,6 +82,7 @@ class Settings:
 
     eval_images: int = option(1000, "generated images that each figure is taken from", limits=(20, 10**6))
     eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used", limits=GUIDANCE)
+    eval_search_steps: int = option(10, "DDIM steps at which the guidance is chosen; 0: the last of --eval-steps")
     eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best", limits=COUNT)
 
     def __post_init__(self):
@@ -100,18 +101,18 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
-        start_steps=4000, distil_steps=3000, distil_ema=0.998, eval_images=2000,
+        start_steps=4000, distil_steps=3000, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
         teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_steps=25, start_steps=10_000,
         distil_steps=8000, distil_batch=128,
-        distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000,
+        distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000, eval_search_steps=0,
     ),
     "tiny": dict(
         limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
         teacher_steps=6, teacher_batch=16, pairs_number=120, pairs_steps=2, start_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
-        eval_images=64, eval_guidances=(1.0, 2.0), eval_steps=(1, 4),
+        eval_images=64, eval_guidances=(1.0, 2.0), eval_search_steps=2, eval_steps=(1, 4),
     ),
 }  # fmt: skip
 
