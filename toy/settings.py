@@ -54,10 +54,10 @@ class Settings:
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
-    start_steps: int = option(2000, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
+    start_steps: int = option(1600, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
     start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
-    distil_steps: int = option(500, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(480, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
     distil_student_lr: float = option(4e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
