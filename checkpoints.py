@@ -21,8 +21,8 @@ class CheckpointError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM: once what was under way has been saved, or a second one, that did not wait for it. .code is the
-    exit code that says which signal."""
+    """SIGINT or SIGTERM: once what was under way has been saved or, on a second one, at once. .code is the exit code that
+    says which signal."""
 
     def __init__(self, number, unsaved=False):
         super().__init__(f"a second {signal.Signals(number).name}, unsaved" if unsaved else signal.Signals(number).name)
@@ -171,8 +171,9 @@ def postponed_signals():
         if received:
             raise Stopped(number, unsaved=True)
         received.append(number)
-        # Not print(): the signal may have come in the midst of another one.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more stops at once, unsaved\n".encode())
+        # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed the pipe's other end, too.
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more stops at once, unsaved\n".encode())
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -153,3 +153,19 @@ def test_the_first_signal_waits_and_the_second_stops(number, code, capfd):
     assert stopped.value.code == code and str(stopped.value) == f"a second {signal.Signals(number).name}, unsaved"
     assert str(Stopped(number)) == signal.Signals(number).name
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_kept_though_nobody_reads_what_it_says():
+    """Ctrl-C on `python toy/run.py 2>&1 | tee log` ends tee first."""
+    code = (
+        "import os, signal\nfrom checkpoints import postponed_signals\n"
+        "with postponed_signals() as received:\n    signal.raise_signal(signal.SIGINT)\n"
+        "print(received == [signal.SIGINT])"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, text=True)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "True\n")

@@ -60,7 +60,7 @@ def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
     for stage in STAGES:
         assert (folder / stage / "checkpoint.pt").exists()
         assert (folder / stage / "log.csv").read_text().count("\n") >= 2
-    assert "| student before ADD | 1 | 1 | 1 |" in report
+    assert "| student before ADD | 1 | 1 | 1 |" in report and "| teacher, DPM-Solver++ | 2 | 2 | 4 |" in report
     assert "| **ADD student** | 1 | 1 | 1 |" in report and "| **ADD student** | 4 | 1 | 4 |" in report
     assert " · fp32 · " in report
     assert "not FID" in report and "glyphs (built in)" in report
@@ -73,7 +73,9 @@ def test_the_teacher_is_scored_at_the_guidance_that_suits_it_best(finished):
     assert set(searched) == {1.0, 2.0} and best == min(searched, key=searched.get) and results["search_steps"] == 2
     rows = [(1, best), (2, 1.0), (2, 2.0), (4, best)]
     assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == rows
-    assert [row["evaluations"] for row in results["teacher"]] == [steps * int(guidance) for steps, guidance in rows]
+    assert [row["evaluations"] for row in results["teacher"]] == [steps * (1 + (guidance != 1)) for steps, guidance in rows]
+    solver = results["pairs"][0]
+    assert len(results["pairs"]) == 1 and (solver["steps"], solver["guidance"], solver["evaluations"]) == (2, 2.0, 4)
     assert [row["evaluations"] for row in results["student"]] == [1, 2, 4]
 
 
@@ -88,6 +90,8 @@ def test_the_guidance_is_searched_for_at_the_steps_asked_for(finished, tmp_path,
     results = json.loads((folder / "results.json").read_text())["results"]
     expected = [(steps, results["best_guidance"] if guidance is None else guidance) for steps, guidance in rows]
     assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == expected and results["search_steps"] == 4
+    last = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 4}
+    assert results["best_guidance"] == min(last, key=last.get)
 
 
 def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path):

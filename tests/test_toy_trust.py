@@ -322,7 +322,7 @@ def test_every_flag_takes_a_value_or_names_itself(name, capsys):
 NUMBER = strategies.floats(allow_nan=False, allow_infinity=False)
 SOME = strategies.fixed_dictionaries({}, optional={
     "teacher_lr": strategies.floats(1e-12, 1e3), "distil_timesteps": strategies.lists(strategies.integers(0, 999), min_size=1).map(tuple),
-    "distil_c_s": strategies.booleans(), "eval_guidances": strategies.lists(strategies.floats(-100, 100), min_size=1).map(tuple),
+    "distil_c_s": strategies.booleans(), "eval_guidances": strategies.sets(strategies.floats(-100, 100), min_size=1).map(lambda values: tuple(sorted(values))),
     "teacher_steps": strategies.integers(1, 10**7), "data_dir": strategies.text(strategies.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
 })  # fmt: skip
 

@@ -7,44 +7,7 @@ import torch
 from add import ddim
 from toy.data import to_float
 from toy.metrics import embed, frechet_distance, measure
-
-BATCH = 100  # images drawn at once; on a CPU a larger batch is slower, an image
-
-
-def balanced_labels(n, classes, device):
-    """(n,) labels 0, 1, …, classes-1, 0, 1, …"""
-    return torch.arange(n, device=device) % classes
-
-
-def noise_for(n, shape, seed, device):
-    """(n, *shape) unit noise from a seed; drawn on the CPU, so that every device gets the same."""
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def ddim_timesteps(T, steps):
-    """Trailing: 50 steps of 1000 are 999, 979, …, 19."""
-    return [T - 1 - i * T // steps for i in range(steps)]
-
-
-@torch.no_grad()
-def sample_teacher(teacher, noise, labels, steps, guidance=1.0):
-    """Images (B, C, H, W) in [-1, 1] by DDIM from unit noise; labels (B,)."""
-    images = []
-    for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True):
-        timesteps = [torch.full_like(y, t) for t in ddim_timesteps(len(teacher.schedule), steps)]
-        x_0 = ddim(teacher, z, timesteps, y, guidance, torch.full_like(y, teacher.network.classes))
-        images.append(teacher.decode(x_0))
-    return torch.cat(images).clamp(-1, 1)
-
-
-def sample_student(student, noise, labels, steps, seed):
-    """Images (B, C, H, W) in [-1, 1] from unit noise; seed is of the fresh noise between steps."""
-    generator = torch.Generator(noise.device).manual_seed(seed)
-    images = [
-        student.sample(z, y, steps, generator=generator)
-        for z, y in zip(noise.split(BATCH), labels.split(BATCH), strict=True)
-    ]
-    return torch.cat(images).clamp(-1, 1)
+from toy.samplers import balanced_labels, dpm_solver, noise_for, sample_student, sample_teacher
 
 
 def synchronize(device):
@@ -55,7 +18,8 @@ def synchronize(device):
 
 def evaluate(data, settings, metric_net, teacher, started, student, device):
     """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, from settings.eval_images
-    images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at eval_search_steps.
+    images each. The teacher's guidance is the one of settings.eval_guidances with the least distance at eval_search_steps;
+    where its pairs taught the student, the sampler that drew them has a row, too.
     """
     n, shape = settings.eval_images, data.train_images.shape[1:]
     labels, noise = balanced_labels(n, len(data.classes), device), noise_for(n, shape, settings.seed + 5, device)
@@ -75,11 +39,9 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
             "images_per_second": n / seconds,
         }  # fmt: skip
 
-    def teacher_row(steps, guidance):
+    def teacher_row(steps, guidance, name="teacher", sampler=ddim):
         evaluations = steps * (2 if guidance != 1 else 1)
-        return row(
-            "teacher", steps, guidance, lambda: sample_teacher(teacher, noise, labels, steps, guidance), evaluations
-        )
+        return row(name, steps, guidance, lambda: sample_teacher(teacher, noise, labels, steps, guidance, sampler), evaluations)
 
     best = settings.eval_steps[-1]
     search = min(settings.eval_search_steps or best, best) if len(settings.eval_guidances) > 1 else best
@@ -87,6 +49,9 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
     guidance = min(candidates, key=lambda r: r["fd"])["guidance"]
     teacher_rows = candidates + [teacher_row(steps, guidance) for steps in settings.eval_steps if steps != search]
     teacher_rows.sort(key=lambda r: (r["steps"], r["guidance"]))
+    pairs_rows = []
+    if settings.start == "pairs":
+        pairs_rows = [teacher_row(settings.pairs_steps, settings.pairs_guidance, "teacher, DPM-Solver++", dpm_solver)]
 
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
 
@@ -105,6 +70,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         "best_guidance": guidance,
         "search_steps": search,
         "teacher": teacher_rows,
+        "pairs": pairs_rows,
         "started": student_rows("student before ADD", started),
         "student": student_rows("ADD student", student),
     }

@@ -5,8 +5,8 @@ import torch
 
 from add import reconstruction_target
 from toy.data import to_float
-from toy.evaluate import noise_for, sample_student, sample_teacher
 from toy.loop import read_log
+from toy.samplers import noise_for, sample_student, sample_teacher
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
@@ -136,6 +136,8 @@ def cost(path, results):
     for rows, color, name in lines:
         rows = sorted(rows, key=lambda row: row["evaluations"])
         axis.plot([r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name)
+    for row in results["pairs"]:
+        axis.plot(row["evaluations"], row["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)")
     axis.axhline(results["real"]["fd"], color=REAL, linestyle=":", label=f"{results['n']} real training images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="Fréchet distance (metric net)")
     axis.legend()

@@ -67,7 +67,7 @@ def table(results):
         "variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in [real, *results["teacher"], *results["started"], *results["student"]]:
+    for row in [real, *results["teacher"], *results["pairs"], *results["started"], *results["student"]]:
         steps, guidance, evaluations = (
             "" if row[name] is None else f"{row[name]:g}" for name in ("steps", "guidance", "evaluations")
         )
@@ -127,7 +127,7 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         f"and compares only within this report. {n:,} real training images in the place of generated ones give the "
         f"first row; all of them give {results['floor']:.2f}. Precision and recall: k-NN, k = 5, against {n:,} test "
         f"images. Variance: within a class, mean over the classes. The teacher's guidance is the one with the least distance at "
-        f"{results['search_steps']} steps; the student uses none.",
+        f"{results['search_steps']} steps, of {', '.join(f'{g:g}' for g in settings.eval_guidances)}; the student uses none.",
         "",
         "## Goals",
         "",

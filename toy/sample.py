@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import CheckpointError, one_line
 from toy import loop
 from toy.distil import load_student
-from toy.evaluate import noise_for, sample_student
+from toy.samplers import noise_for, sample_student
 
 
 def parse_arguments(argv):

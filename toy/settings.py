@@ -50,7 +50,7 @@ class Settings:
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
     pairs_number: int = option(8000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
-    pairs_steps: int = option(10, "DPM-Solver++ steps that make such an image", limits=COUNT)
+    pairs_steps: int = option(10, "DPM-Solver++ steps that make such an image", limits=(1, 1000))
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
@@ -64,7 +64,7 @@ class Settings:
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.8, "share of the student's draws at the last of them (the paper: 0.25)")
+    distil_terminal_share: float = option(0.8, "share of the student's draws, at its start and in ADD, at the last of them (the paper: 0.25)")
     distil_lambda: float = option(1.0, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
@@ -81,9 +81,9 @@ class Settings:
     distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
 
     eval_images: int = option(1000, "generated images that each figure is taken from", limits=(20, 10**6))
-    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the best is used", limits=GUIDANCE)
-    eval_search_steps: int = option(10, "DDIM steps at which the guidance is chosen; 0: the last of --eval-steps")
-    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored; the last is its best", limits=COUNT)
+    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the one that is best at --eval-search-steps is used", limits=GUIDANCE)
+    eval_search_steps: int = option(10, "DDIM steps at which the guidance is chosen, if there are several; at most, and for 0, the last of --eval-steps", limits=(0, 1000))
+    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored, rising; the student is held against the last", limits=(1, 1000))
 
     def __post_init__(self):
         check_choices(self)
@@ -91,6 +91,9 @@ class Settings:
         for name in ("teacher_widths", "distil_timesteps", "eval_guidances", "eval_steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{flag(name)}: empty; give at least one number")
+        for name in ("eval_guidances", "eval_steps"):
+            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must rise strictly")
         if self.features_width % 4:
             raise ValueError(f"--features-width {self.features_width}: must be a multiple of 4, the heads of its attention")
         if self.size % self.features_patch:
@@ -105,7 +108,7 @@ PRESETS = {
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
-        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, pairs_steps=25, start_steps=10_000,
+        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, start_steps=10_000,
         distil_steps=8000, distil_batch=128,
         distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000, eval_search_steps=0,
     ),

@@ -15,28 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import Student, descend
 from toy.data import to_float
-from toy.evaluate import BATCH, balanced_labels, ddim_timesteps, noise_for
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
-
-
-def dpm_solver(denoiser, x_t, timesteps, cond, guidance, null_cond):
-    """x̂_0 after DPM-Solver++(2M) steps (Lu et al. 2022, Alg. 2) from x_t at timesteps[0], a falling list of integers.
-
-    DDIM's step, with x̂_0 extrapolated from this step and the one before, linearly in the log of α/σ: of second order.
-    """
-    schedule = denoiser.schedule
-    log_ratio = (schedule.alpha / schedule.sigma).log().tolist()  # λ_t; -∞ at zero terminal SNR: no extrapolation from there
-    for i, t in enumerate(timesteps):
-        at = torch.full((len(x_t),), t, device=x_t.device)
-        x_0, _ = denoiser(x_t, at, cond, guidance, null_cond)
-        if i + 1 == len(timesteps):
-            return x_0
-        extrapolated, following = x_0, timesteps[i + 1]
-        if i > 0:
-            growth = (log_ratio[following] - log_ratio[t]) / (log_ratio[t] - log_ratio[timesteps[i - 1]])
-            extrapolated = x_0 + growth / 2 * (x_0 - before)
-        before, (alpha, sigma) = x_0, schedule.coefficients(at)
-        x_t = schedule.diffuse(extrapolated, (x_t - alpha * extrapolated) / sigma, torch.full_like(at, following))
+from toy.samplers import BATCH, balanced_labels, denoise, dpm_solver, noise_for
 
 
 class Pairs:
@@ -52,14 +32,10 @@ class Pairs:
         self.teacher, self.steps, self.guidance = teacher, settings.pairs_steps, settings.pairs_guidance
         self.chunks = -(-n // BATCH)
 
-    @torch.no_grad()
     def draw(self, i):
         """Make the images of the i-th chunk; returns their deviation, for the log."""
         chunk = slice(i * BATCH, (i + 1) * BATCH)
-        y = self.labels[chunk]
-        timesteps = ddim_timesteps(len(self.teacher.schedule), self.steps)
-        null = torch.full_like(y, self.teacher.network.classes)
-        self.images[chunk] = dpm_solver(self.teacher, self.noise[chunk], timesteps, y, self.guidance, null)
+        self.images[chunk] = denoise(self.teacher, self.noise[chunk], self.labels[chunk], self.steps, self.guidance, dpm_solver)
         return {"deviation": self.images[chunk].std()}
 
     def state_dict(self):
