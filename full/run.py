@@ -98,7 +98,8 @@ def run(arguments, given):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 or 143 stopped by SIGINT or SIGTERM after saving."""
+    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 or 143 stopped by SIGINT or SIGTERM after saving (a
+    second one: at once)."""
     arguments, given = parse_arguments(argv)
     stop_on_signals()
     try:

@@ -165,7 +165,8 @@ def run(arguments, given):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by SIGTERM, after saving."""
+    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by SIGTERM, after saving (a
+    second one: at once)."""
     arguments, given = parse_arguments(argv)
     stop_on_signals()
     try:
