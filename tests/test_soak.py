@@ -1,4 +1,4 @@
-"""Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -s tests/test_soak.py
+"""Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -n 0 -s tests/test_soak.py
 (ADD_SOAK_MINUTES, 120 unless set). The toy and full/ run side by side, one thread each."""
 
 import contextlib
