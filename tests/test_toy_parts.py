@@ -194,6 +194,8 @@ def key(stage, **changes):
         (dict(precision="bf16"), {"teacher", "pairs", "start", "distil", "eval"}),
         (dict(pairs_guidance=9.0), {"pairs", "start", "distil", "eval"}),
         (dict(start_lr=9.0), {"start", "distil", "eval"}),
+        (dict(start_terminal_share=0.5), {"start", "distil", "eval"}),
+        (dict(distil_terminal_share=0.5), {"distil", "eval"}),
         (dict(distil_timesteps=(9, 99)), {"start", "distil", "eval"}),
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),

@@ -77,12 +77,20 @@ def test_at_tau_n_a_pairs_noise_is_the_input_and_below_it_a_real_image_with_fres
     torch.testing.assert_close(loss[~last], (x_s[~last] - x).square().mean((1, 2, 3)))
 
 
-def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_path):
+def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_path, monkeypatch):
+    drawn, draw = set(), Student.draw_timesteps
+
+    def remember(student, *args):
+        drawn.add(student.probabilities[-1])
+        return draw(student, *args)
+
+    monkeypatch.setattr(Student, "draw_timesteps", remember)
     before = copy.deepcopy(teacher.state_dict())
     settings = dataclasses.replace(SETTINGS, start_lr=3e-3)
     pairs = copy.copy(pairs)
     pairs.images = pairs.images.neg()  # far from what a copy of the teacher gives
     student, seconds = make_student(tmp_path, teacher, pairs, settings, CPU, "k")
+    assert drawn == {settings.start_terminal_share} != {settings.distil_terminal_share} == {student.probabilities[-1]}
     copied = Student(copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share)
 
     def loss(network):

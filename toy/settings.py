@@ -54,17 +54,18 @@ class Settings:
     pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
 
     start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
-    start_steps: int = option(1600, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
+    start_steps: int = option(2000, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
+    start_terminal_share: float = option(0.65, "share of them that is on the pairs", limits=(1e-3, 1))
     start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
 
-    distil_steps: int = option(480, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(500, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
     distil_student_lr: float = option(4e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.8, "share of the student's draws, at its start and in ADD, at the last of them (the paper: 0.25)")
+    distil_terminal_share: float = option(0.85, "share of the student's draws at the last of them, in ADD (the paper: 0.25)", limits=(1e-3, 1))
     distil_lambda: float = option(1.0, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
@@ -125,7 +126,7 @@ STAGES = {  # what each stage's result depends on: fields that start with its na
     "features": (("data",), ()),
     "teacher": (("data",), ("precision",)),
     "pairs": (("teacher",), ()),
-    "start": (("pairs",), ("distil_timesteps", "distil_terminal_share", "distil_batch", "distil_ema")),
+    "start": (("pairs",), ("distil_timesteps", "distil_batch", "distil_ema")),
     "distil": (("features", "start"), ()),
     "eval": (("metric", "distil"), ()),
 }

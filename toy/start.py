@@ -72,11 +72,12 @@ def pair_loss(student, pairs, n, generator):
 
 
 def make_student(folder, teacher, pairs, settings, device, key):
-    """(Student, seconds): the teacher's copy, and what the pairs teach it, if there are any."""
-    student = Student(copy.deepcopy(teacher), settings.distil_timesteps, settings.distil_terminal_share)
-    student = student.requires_grad_(True).train()
+    """(Student, seconds): the teacher's copy, and what the pairs teach it, if there are any; it draws s as ADD wants it."""
+    denoiser = copy.deepcopy(teacher).requires_grad_(True)
+    for_add = Student(denoiser, settings.distil_timesteps, settings.distil_terminal_share).train()
     if pairs is None:
-        return student, 0.0
+        return for_add, 0.0
+    student = Student(denoiser, settings.distil_timesteps, settings.start_terminal_share).train()
     network, steps = student.denoiser.network, settings.start_steps
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.distil_ema))
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.start_lr, betas=(0.9, 0.99))
@@ -93,4 +94,4 @@ def make_student(folder, teacher, pairs, settings, device, key):
     parts = {"network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "generator": GeneratorState(generator)}
     seconds = run_loop(folder, "student's start", parts, step, steps, key, settings)
     network.load_state_dict(ema.module.state_dict())
-    return student, seconds
+    return for_add, seconds
