@@ -105,7 +105,7 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
-        start_steps=4000, distil_steps=2400, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
+        start_steps=4000, distil_steps=2400, distil_terminal_share=0.75, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
