@@ -9,11 +9,12 @@ import torch
 
 from add import Student, ddim
 from checkpoints import read
+from toy.samplers import dpm_solver
 from toy.settings import PRESETS, Settings
 from toy.start import Pairs, draw_pairs, make_student, pair_loss
 from toy.teacher import Standardize, make_denoiser
 
-SETTINGS = Settings(**PRESETS["tiny"] | dict(size=8, teacher_widths=(8, 16), pairs_number=130, start_steps=60, distil_ema=0.9))
+SETTINGS = Settings(**PRESETS["tiny"] | dict(size=8, teacher_widths=(8, 16), pairs_number=130, pairs_steps=4, start_steps=60, distil_ema=0.9))
 CPU = torch.device("cpu")
 GREY = torch.tensor([0, 128, 255], dtype=torch.uint8)  # of the real images, one of each class: -1, 0 and 1
 DATA = SimpleNamespace(train_images=GREY[:, None, None, None].expand(-1, 1, 8, 8), train_labels=torch.arange(3))
@@ -36,9 +37,12 @@ def pairs(teacher, tmp_path_factory):
 def test_a_pair_is_a_noise_and_what_the_teachers_sampler_makes_of_it(teacher, pairs):
     assert pairs.labels.tolist() == [i % 3 for i in range(130)]
     i = torch.tensor([0, 57, 129])  # the last lies in the second, smaller chunk
-    timesteps = [torch.full((3,), t) for t in (999, 499)]  # the tiny preset's two steps; DDIM's as long as there is no third
-    by_hand = ddim(teacher, pairs.noise[i], timesteps, i % 3, guidance=2.0, null_cond=torch.full((3,), 3))
+    timesteps = [torch.full((3,), t) for t in (999, 749, 499, 249)]
+    by_hand, ddims = (
+        sampler(teacher, pairs.noise[i], timesteps, i % 3, guidance=2.0, null_cond=torch.full((3,), 3)) for sampler in (dpm_solver, ddim)
+    )
     torch.testing.assert_close(pairs.images[i], by_hand)
+    assert (by_hand - ddims).abs().max() > 0.01
     assert pairs.noise.std() == pytest.approx(1, abs=0.05) and pairs.images.std() > 0.1
 
 
