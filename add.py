@@ -765,7 +765,8 @@ class ADD(nn.Module):
     def step(self, batch, student_optimizer, heads_optimizer, generator=None, extra=0.0):
         """A whole iteration in a plain loop, the student first. Returns the student's half, its log completed.
 
-        extra is a further loss of the student's, for what is not in the paper. FloatingPointError if a loss or gradient is not finite; the network that it belongs to has not moved then.
+        extra is a further loss of the student's, for what is not in the paper. FloatingPointError if a loss or gradient
+        is not finite; the network that it belongs to has not moved then.
         """
         half = self.student_half(batch, generator)
         half.log["gradient_student"] = descend(half.loss + extra, student_optimizer, "student")

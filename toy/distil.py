@@ -54,7 +54,10 @@ def make_batch(images, labels, features, classes, settings):
 
 
 def distil(folder, data, settings, student, teacher, pairs, features, device, key):
-    """(student with the EMA weights, seconds). pairs (start.Pairs, or None) go on to hold each noise to its image, and the student to the data below τ_n; also writes folder/student.pt, all that toy/sample.py needs."""
+    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs.
+
+    pairs (start.Pairs, or None) go on to hold each noise to its image and, below τ_n, the student to the data.
+    """
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     add = build_add(student, teacher, features, classes, settings, device)
