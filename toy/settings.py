@@ -66,7 +66,7 @@ class Settings:
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
     distil_terminal_share: float = option(0.85, "share of the student's draws at the last of them, in ADD (the paper: 0.25)", limits=(1e-3, 1))
-    distil_simulation: bool = option(True, "below the last, feed the student its own images in the place of real ones (not in the paper)")
+    distil_simulation: bool = option(False, "below the last, feed the student its own images in the place of real ones (not in the paper)")
     distil_lambda: float = option(1.0, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
@@ -106,7 +106,7 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
-        start_steps=4000, distil_steps=4000, distil_terminal_share=0.75, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
+        start_steps=4000, distil_steps=4000, distil_terminal_share=0.75, distil_simulation=True, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
