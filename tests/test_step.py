@@ -483,9 +483,6 @@ def test_teacher_timesteps_cover_the_schedule_except_zero_snr():
         assert model.student_half(make_batch(64), generator()).t.unique().tolist() == expected
 
 
-# --- conditions of the discriminator ---------------------------------------------------------------------------------
-
-
 def test_with_backward_simulation_the_students_input_is_its_own_image_diffused():
     """Of the calls the last alone has a gradient; its input is α_s x̂_0 + σ_s ε, at τ_n ε; the reals stay the reals."""
     model, batch = make_add(backward_simulation=True), make_batch(32)
@@ -503,6 +500,9 @@ def test_with_backward_simulation_the_students_input_is_its_own_image_diffused()
     torch.testing.assert_close(x_s, torch.where(below.reshape(-1, 1, 1, 1), alpha * own + sigma * noise, noise))
     assert 16 < below.sum() < 32 and (own - batch.x_0)[below].abs().amax((1, 2, 3)).min() > 0.1
     assert all(x.abs().max() > 0 for x in gradients(model.student))
+
+
+# --- conditions of the discriminator ---------------------------------------------------------------------------------
 
 
 def test_c_img_is_zero_at_tau_n_for_fakes_and_for_their_real_partners():
