@@ -33,8 +33,8 @@ Departures from the paper, and choices where it is silent
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
     9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
-       are told s (config.condition_on_s), noise on what F sees (augment_noise), and below τ_n the student's own images
-       in the place of real ones (config.backward_simulation).
+       are told s (config.condition_on_s), noise on what F sees (augment_noise), below τ_n the student's own images in
+       the place of real ones (config.backward_simulation), and a student's estimates clipped (Student.clip).
 """
 
 import math
@@ -207,16 +207,18 @@ class Student(nn.Module):
     """The denoiser that is trained, with T_student = {τ_1 < … < τ_n}: pure noise at τ_n, diffused images below.
 
     terminal_share is the probability of s = τ_n, the rest being shared evenly; None means uniform, as in the paper.
+    clip takes an estimate to the range of images, in the student's space: for pixels, where whatever lies beyond black
+    looks black, and heads that see it punish what no eye sees. Latents have no such range.
     """
 
-    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None):
+    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None, clip=nn.Identity()):
         super().__init__()
         T = len(denoiser.schedule)
         if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"timesteps={tuple(timesteps)} must rise strictly within 0…{T - 1}")
         if terminal_share is not None and not 0 < terminal_share <= 1:
             raise ValueError(f"terminal_share={terminal_share} must be within (0, 1], or None for uniform")
-        self.denoiser, self.timesteps = denoiser, tuple(timesteps)
+        self.denoiser, self.timesteps, self.clip = denoiser, tuple(timesteps), clip
         n = len(timesteps)
         if terminal_share is None or n == 1:
             self.probabilities = [1 / n] * n
@@ -243,7 +245,7 @@ class Student(nn.Module):
 
     def forward(self, x_s, s, cond):
         """x̂_θ(x_s, s), without guidance."""
-        return self.denoiser(x_s, s, cond)[0]
+        return self.clip(self.denoiser(x_s, s, cond)[0])
 
     def inference_timesteps(self, steps):
         """Trailing choice from T_student: 1 step (999,), 2 (999, 499), 4 (999, 749, 499, 249)."""

@@ -319,6 +319,24 @@ def test_sampling_is_deterministic_under_a_seed():
     assert (network.sample(images(seed=8), cond) - one[0]).abs().max() > 1e-3
 
 
+def test_estimates_are_clipped_before_anyone_sees_them():
+    """What training and the next step get lies in range; a value beyond it has no gradient."""
+    network, noise, cond, seen = student(), images(), conditions(), []
+    x_hat = network(noise, torch.full((4,), 999), cond)
+    limit = x_hat.abs().median().item()
+    network = Student(network.denoiser, network.timesteps, clip=lambda x: x.clamp(-limit, limit))
+    noise.requires_grad_()
+    clipped = network(noise, torch.full((4,), 999), cond)
+    torch.testing.assert_close(clipped, x_hat.clamp(-limit, limit))
+    (gradient,) = torch.autograd.grad(clipped[x_hat.abs() > limit].sum(), noise)
+    assert not gradient.any()
+    network.sample(noise, cond, 4, generator=generator(3), on_step=lambda s, x_s, x_hat: seen.append((x_s, x_hat)))
+    assert all(x_hat.abs().max() == limit for _, x_hat in seen)
+    alpha, sigma = (x[749] for x in (sd_schedule().alpha, sd_schedule().sigma))
+    fresh = torch.randn(noise.shape, dtype=noise.dtype, generator=generator(3))
+    torch.testing.assert_close(seen[1][0], alpha * seen[0][1] + sigma * fresh)
+
+
 def test_timesteps_overrule_steps():
     """Stability's demo: (999, 899, 799, 699), which this student was not even trained at."""
     network, seen = student(), []

@@ -320,16 +320,14 @@ def test_vit_gives_a_map_for_the_embedding_and_each_block_with_the_class_token_r
     torch.testing.assert_close(vit.summary(images), states[-1][:, 0])
 
 
-def test_standardize_gives_mean_0_and_deviation_1_and_inverts_to_what_is_seen():
-    images = (torch.randn(50, 1, 4, 4) * 0.3 - 0.8).clamp(-1, 1)
+def test_standardize_gives_mean_0_and_deviation_1_and_inverts():
+    images = torch.randn(50, 1, 4, 4) * 0.3 - 0.8
     standardize = Standardize.of(images)
     z = standardize(images)
     assert z.mean().item() == pytest.approx(0, abs=1e-5) and z.std().item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(standardize.inverse(z), images)
-    outside = standardize(torch.tensor([-1.3, -1.0, 0.5, 1.2])).requires_grad_()
-    torch.testing.assert_close(standardize.inverse(outside), torch.tensor([-1.0, -1.0, 0.5, 1.0]))
-    (gradient,) = torch.autograd.grad(standardize.inverse(outside).sum(), outside)
-    assert gradient[[0, 3]].tolist() == [0, 0] and gradient[2] == pytest.approx(standardize.std)
+    outside = torch.tensor([-1.3, -1.0, 0.5, 1.2])
+    torch.testing.assert_close(standardize.inverse(standardize.clip(standardize(outside))), torch.tensor([-1.0, -1.0, 0.5, 1.0]))
 
 
 def test_teacher_timesteps_trail():
@@ -414,7 +412,7 @@ def test_samplers_ask_for_each_class_and_repeat_under_a_seed():
     labels, noise = torch.arange(600) % 9, torch.randn(600, 1, 2, 2)
     expected = (labels / 10)[:, None, None, None].expand_as(noise)
     torch.testing.assert_close(sample_teacher(denoiser, noise, labels, 3), expected)
-    torch.testing.assert_close(sample_teacher(denoiser, noise, labels, 1, 2.0), 2 * expected - 0.9)
+    torch.testing.assert_close(sample_teacher(denoiser, noise, labels, 1, 2.0), (2 * expected - 0.9).clamp(-1, 1))
     torch.testing.assert_close(sample_student(Student(denoiser), noise, labels, 4, seed=0), expected)
 
 

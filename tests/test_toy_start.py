@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from add import Student, ddim
+from add import Denoiser, Student, ddim
 from checkpoints import read
 from toy.samplers import dpm_solver
 from toy.settings import PRESETS, Settings
@@ -56,16 +56,16 @@ def test_pairs_survive_a_checkpoint_and_refuse_anothers(teacher, pairs):
 
 
 def test_at_tau_n_a_pairs_noise_is_the_input_and_below_it_a_real_image_with_fresh_noise(teacher, pairs):
-    """A student that gives back what it is fed shows it: x_s - x, squared, is the loss."""
+    """A denoiser that gives back what it is fed shows it: x_s - x, squared, is the loss, and nothing is clipped before."""
 
-    class Echo(Student):
+    class Echo(Denoiser):
         def forward(self, x_s, s, cond):
             self.seen = x_s, s, cond
-            return x_s
+            return x_s, None
 
-    student = Echo(teacher, (199, 799), 0.5)
+    student = Student(Echo(teacher.network, teacher.schedule, "v", teacher.encode), (199, 799), 0.5, clip=torch.zeros_like)
     loss = pair_loss(student, pairs, 200, torch.Generator().manual_seed(0))
-    x_s, s, cond = student.seen
+    x_s, s, cond = student.denoiser.seen
     last = s == 799
     assert 70 < last.sum() < 130
     index = torch.stack([(pairs.noise == x).all((1, 2, 3)).nonzero()[0, 0] for x in x_s[last]])  # IndexError: no pair's noise
@@ -104,6 +104,7 @@ def test_a_student_learns_the_pairs_and_the_teacher_stays(teacher, pairs, tmp_pa
     assert seconds > 0 and loss(student) < 0.9 * loss(copied)
     assert all(torch.equal(x, before[k]) for k, x in teacher.state_dict().items())
     assert all(p.requires_grad for p in student.parameters())
+    assert student.clip(torch.tensor([-3.0, 0.5, 1.1])).tolist() == [-1, 0.5, 1]
     state, weights = read(tmp_path / "checkpoint.pt"), student.denoiser.network.state_dict()
     assert all(torch.equal(weights[k], state["ema"][f"module.{k}"]) for k in weights)  # the average, not the last
     assert not all(torch.equal(weights[k], state["network"][k]) for k in weights)
@@ -116,5 +117,6 @@ def test_without_pairs_the_student_is_the_teachers_copy(teacher, tmp_path):
     assert draw_pairs(tmp_path, teacher, DATA, settings, CPU, "k") == (None, 0.0)
     student, seconds = make_student(tmp_path, teacher, None, settings, CPU, "k")
     assert seconds == 0 and not any(tmp_path.iterdir())
+    assert student.clip(torch.tensor([-3.0, 0.5, 1.1])).tolist() == [-1, 0.5, 1]
     for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(a, b) and a is not b and a.requires_grad

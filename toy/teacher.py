@@ -28,9 +28,12 @@ class Standardize:
         return (images - self.mean) / self.std
 
     def inverse(self, z):
-        """Back to pixels, clamped to [-1, 1]: what is seen of them. Heads and distillation loss judge that, too, so the
-        student may go beyond black and white, and what it does there by mistake shows no more."""
-        return (z * self.std + self.mean).clamp(-1, 1)
+        """Back to pixels."""
+        return z * self.std + self.mean
+
+    def clip(self, z):
+        """z with its pixels in [-1, 1]."""
+        return z.clamp(self(-1), self(1))
 
 
 def make_denoiser(channels, classes, settings, standardize):
