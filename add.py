@@ -33,8 +33,8 @@ Departures from the paper, and choices where it is silent
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
     9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
-       are told s (config.condition_on_s), noise on what F sees (augment_noise), below τ_n the student's own images in
-       the place of real ones (config.backward_simulation), and a student's estimates clipped (Student.clip).
+       are told s (config.condition_on_s), noise on what F sees (augment_noise), estimates of x_0 that are clipped
+       (Denoiser.clip), and below τ_n the student's own images in the place of real ones (config.backward_simulation).
 """
 
 import math
@@ -156,10 +156,12 @@ class Denoiser(nn.Module):
     encode maps pixels (B, 3, H, W) in [-1, 1] to the space that is diffused, decode back: a latent model's VAE with its
     scale, the identity for a pixel model. They stay out of the module tree, so that no optimiser, checkpoint or wrapper
     sees a VAE: its owner moves it, casts it and freezes it, as gradients go through decode and none may stay there.
+    clip, a function of x̂_0, takes it to the range that images have in that space (static thresholding, Saharia et al.
+    2022): for pixels, whose noise beyond black no eye sees. What it cuts off gets no gradient from any loss on x̂_0.
     ValueError if an ε-network is given a schedule with zero terminal SNR.
     """
 
-    def __init__(self, network, schedule, prediction="epsilon", encode=nn.Identity(), decode=nn.Identity()):
+    def __init__(self, network, schedule, prediction="epsilon", encode=nn.Identity(), decode=nn.Identity(), clip=None):
         super().__init__()
         _check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "epsilon" and schedule.has_zero_terminal_snr:
@@ -169,7 +171,7 @@ class Denoiser(nn.Module):
                 "or use prediction='v' or 'x_0'"
             )
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.__dict__.update(encode=encode, decode=decode)  # past nn.Module's registration, should they be modules
+        self.__dict__.update(encode=encode, decode=decode, clip=clip)  # past nn.Module's registration, if they are modules
 
     def forward(self, x_t, t, cond, guidance=1.0, null_cond=None):
         """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in the schedule's float32: at 999 x̂_0 has 14.6 times ε̂'s error.
@@ -184,7 +186,11 @@ class Denoiser(nn.Module):
                 raise ValueError(f"guidance={guidance} needs null_cond, the empty condition; pass it, or guidance=1")
             null_output = self.network(x_t, t, null_cond)
             output = null_output + _column(guidance) * (output - null_output)
-        return to_x_0_and_epsilon(output, x_t, alpha, sigma, self.prediction)
+        x_0, epsilon = to_x_0_and_epsilon(output, x_t, alpha, sigma, self.prediction)
+        if self.clip is not None:
+            x_0 = self.clip(x_0)
+            epsilon = (x_t - alpha * x_0) / sigma
+        return x_0, epsilon
 
 
 def ddim(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
@@ -207,18 +213,16 @@ class Student(nn.Module):
     """The denoiser that is trained, with T_student = {τ_1 < … < τ_n}: pure noise at τ_n, diffused images below.
 
     terminal_share is the probability of s = τ_n, the rest being shared evenly; None means uniform, as in the paper.
-    clip takes an estimate to the range of images, in the student's space: for pixels, where whatever lies beyond black
-    looks black, and heads that see it punish what no eye sees. Latents have no such range.
     """
 
-    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None, clip=nn.Identity()):
+    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None):
         super().__init__()
         T = len(denoiser.schedule)
         if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"timesteps={tuple(timesteps)} must rise strictly within 0…{T - 1}")
         if terminal_share is not None and not 0 < terminal_share <= 1:
             raise ValueError(f"terminal_share={terminal_share} must be within (0, 1], or None for uniform")
-        self.denoiser, self.timesteps, self.clip = denoiser, tuple(timesteps), clip
+        self.denoiser, self.timesteps = denoiser, tuple(timesteps)
         n = len(timesteps)
         if terminal_share is None or n == 1:
             self.probabilities = [1 / n] * n
@@ -245,7 +249,7 @@ class Student(nn.Module):
 
     def forward(self, x_s, s, cond):
         """x̂_θ(x_s, s), without guidance."""
-        return self.clip(self.denoiser(x_s, s, cond)[0])
+        return self.denoiser(x_s, s, cond)[0]
 
     def inference_timesteps(self, steps):
         """Trailing choice from T_student: 1 step (999,), 2 (999, 499), 4 (999, 749, 499, 249)."""

@@ -189,6 +189,26 @@ def test_guidance_of_one_asks_the_network_once():
     assert len(denoiser.network.calls) == 3
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_clipped_estimate_takes_epsilon_along_and_ends_the_gradient_beyond(guidance):
+    """x_t = α x̂_0 + σ ε̂ still; within the range nothing changes. DDIM diffuses the clipped estimate."""
+    x, cond, t = images().requires_grad_(), conditions(), torch.tensor([3, 400, 800, 999])
+    plain = Denoiser(TinyNet().double(), sd_schedule(), "v")
+    free, _ = plain(x, t, cond, guidance, 0 * cond)
+    limit = free.abs().median().item()
+    clipped = Denoiser(plain.network, plain.schedule, "v", clip=lambda x: x.clamp(-limit, limit))
+    x_0, epsilon = clipped(x, t, cond, guidance, 0 * cond)
+    torch.testing.assert_close(x_0, free.clamp(-limit, limit))
+    torch.testing.assert_close(plain.schedule.diffuse(x_0, epsilon, t), x)
+    beyond = free.abs() > limit
+    inside, outside = (torch.autograd.grad(x_0[which].sum(), x, retain_graph=True)[0] for which in (~beyond, beyond))
+    assert inside.any() and not outside.any()
+    two = ddim(clipped, x, [t, t // 2], cond)
+    x_0, epsilon = clipped(x, t, cond)
+    torch.testing.assert_close(two, clipped(plain.schedule.diffuse(x_0, epsilon, t // 2), t // 2, cond)[0])
+    assert two.abs().max() == limit
+
+
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_half_precision_output_keeps_x_0_in_float32(prediction, input_dtype):
@@ -317,24 +337,6 @@ def test_sampling_is_deterministic_under_a_seed():
     assert torch.equal(one[0], one[1]) and torch.equal(one[0], one[2])
     assert torch.equal(two[0], two[1]) and (two[0] - two[2]).abs().max() > 1e-3
     assert (network.sample(images(seed=8), cond) - one[0]).abs().max() > 1e-3
-
-
-def test_estimates_are_clipped_before_anyone_sees_them():
-    """What training and the next step get lies in range; a value beyond it has no gradient."""
-    network, noise, cond, seen = student(), images(), conditions(), []
-    x_hat = network(noise, torch.full((4,), 999), cond)
-    limit = x_hat.abs().median().item()
-    network = Student(network.denoiser, network.timesteps, clip=lambda x: x.clamp(-limit, limit))
-    noise.requires_grad_()
-    clipped = network(noise, torch.full((4,), 999), cond)
-    torch.testing.assert_close(clipped, x_hat.clamp(-limit, limit))
-    (gradient,) = torch.autograd.grad(clipped[x_hat.abs() > limit].sum(), noise)
-    assert not gradient.any()
-    network.sample(noise, cond, 4, generator=generator(3), on_step=lambda s, x_s, x_hat: seen.append((x_s, x_hat)))
-    assert all(x_hat.abs().max() == limit for _, x_hat in seen)
-    alpha, sigma = (x[749] for x in (sd_schedule().alpha, sd_schedule().sigma))
-    fresh = torch.randn(noise.shape, dtype=noise.dtype, generator=generator(3))
-    torch.testing.assert_close(seen[1][0], alpha * seen[0][1] + sigma * fresh)
 
 
 def test_timesteps_overrule_steps():

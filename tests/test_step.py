@@ -569,6 +569,16 @@ def test_student_works_in_its_own_space_and_the_discriminator_in_pixels():
     assert torch.equal(reals, batch.x_0) and torch.equal(half.pixels, fakes)
 
 
+def test_a_clipped_estimate_is_what_heads_and_teacher_get():
+    model, batch = make_add(), make_batch(32)
+    model.student.denoiser.clip = lambda x: x.clamp(-0.1, 0.1)
+    half = model.student_half(batch, generator(1))
+    assert half.pixels.abs().max() == pytest.approx(0.1) and half.pixels.std() > 0.01
+    assert torch.equal(model.discriminator.features.calls[0][0], half.pixels)
+    _, _, t, noise = draws(model, batch, generator(1))
+    torch.testing.assert_close(model.teacher.network.calls[0][2], model.teacher.schedule.diffuse(half.pixels, noise, t))
+
+
 class PoolingCodec:
     """A teacher's latents: 2x2 means, tripled; `with_gradient` tells under which mode encode ran."""
 

@@ -116,4 +116,4 @@ def load_student(folder):
         denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise TrainingError(f"{path} is not a student of this version ({one_line(error)[:200]}); train it again") from error
-    return Student(denoiser, settings.distil_timesteps, clip=denoiser.encode.clip).eval().requires_grad_(False), tuple(state["shape"]), classes
+    return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes

@@ -54,15 +54,15 @@ def denoise(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
 
 
 def sample_teacher(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
-    """Images (N, C, H, W) in [-1, 1] from unit noise; labels (N,)."""
+    """Images (N, C, H, W) in the range of decode from unit noise; labels (N,)."""
     batches = zip(noise.split(BATCH), labels.split(BATCH), strict=True)
     images = [teacher.decode(denoise(teacher, z, y, steps, guidance, sampler)) for z, y in batches]
-    return torch.cat(images).clamp(-1, 1)
+    return torch.cat(images)
 
 
 def sample_student(student, noise, labels, steps, seed):
-    """Images (N, C, H, W) in [-1, 1] from unit noise; seed is of the fresh noise between steps."""
+    """Images (N, C, H, W) in the range of decode from unit noise; seed is of the fresh noise between steps."""
     generator = torch.Generator(noise.device).manual_seed(seed)
     batches = zip(noise.split(BATCH), labels.split(BATCH), strict=True)
     images = [student.sample(z, y, steps, generator=generator) for z, y in batches]
-    return torch.cat(images).clamp(-1, 1)
+    return torch.cat(images)

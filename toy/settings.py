@@ -65,7 +65,7 @@ class Settings:
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.25, "share of the student's draws at the last of them, in ADD (0.25 of four: uniform, as in the paper)", limits=(1e-3, 1))
+    distil_terminal_share: float = option(0.0, "share of the student's draws at the last of them, in ADD (0: uniform, as in the paper)", limits=SHARE)
     distil_simulation: bool = option(False, "below the last, feed the student its own images in the place of real ones (not in the paper)")
     distil_lambda: float = option(2.5, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
@@ -106,7 +106,7 @@ PRESETS = {
     "cpu": {},
     "long": dict(
         metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
-        start_steps=4000, distil_steps=4000, distil_simulation=True, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
+        start_steps=4000, distil_steps=4000, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
     ),
     "gpu": dict(
         metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,

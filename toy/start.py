@@ -13,7 +13,7 @@ import copy
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from add import Student, descend
+from add import Student, descend, to_x_0_and_epsilon
 from toy.data import to_float
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 from toy.samplers import BATCH, balanced_labels, denoise, dpm_solver, noise_for
@@ -59,8 +59,8 @@ def draw_pairs(folder, teacher, data, settings, device, key):
 
 def pair_loss(student, pairs, n, generator):
     """‖x̂_θ(x_s, s) - x‖² of n samples, a mean over elements, (n,): at τ_n x is a pair's image, and its noise the input; below
-    it x is a real image, with fresh noise. Of the estimate before it is clipped: clipped, a pixel that is black by mistake
-    would have no gradient."""
+    it x is a real image, with fresh noise. The estimate is not clipped here: a pixel that is black by mistake would have no
+    gradient."""
     device = pairs.noise.device
     s = student.draw_timesteps(n, device, generator)
     i, j = (torch.randint(len(x), (n,), device=device, generator=generator) for x in (pairs.noise, pairs.real))
@@ -69,15 +69,16 @@ def pair_loss(student, pairs, n, generator):
     at_end = student.is_terminal(s)
     y, at_end = torch.where(at_end, pairs.labels[i], pairs.real_labels[j]), at_end[:, None, None, None]
     x, noise = torch.where(at_end, pairs.images[i], real), torch.where(at_end, pairs.noise[i], fresh)
-    x_hat, _ = student.denoiser(student.diffuse(x, noise, s), s, y)
+    x_s, denoiser = student.diffuse(x, noise, s), student.denoiser
+    output = denoiser.network(x_s, s, y)
+    x_hat, _ = to_x_0_and_epsilon(output, x_s, *denoiser.schedule.coefficients(s), denoiser.prediction)
     return (x_hat - x).square().flatten(1).mean(1)
 
 
 def make_student(folder, teacher, pairs, settings, device, key):
     """(Student, seconds): the teacher's copy, and what the pairs teach it, if there are any; it draws s as ADD wants it."""
     denoiser = copy.deepcopy(teacher).requires_grad_(True)
-    clip = denoiser.encode.clip
-    for_add = Student(denoiser, settings.distil_timesteps, settings.distil_terminal_share, clip).train()
+    for_add = Student(denoiser, settings.distil_timesteps, settings.distil_terminal_share or None).train()
     if pairs is None:
         return for_add, 0.0
     student = Student(denoiser, settings.distil_timesteps, settings.start_terminal_share).train()

@@ -49,7 +49,7 @@ def make_denoiser(channels, classes, settings, standardize):
         schedule = schedule.zero_terminal_snr()
     bf16 = settings.precision == "bf16"
     network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks, bf16=bf16)
-    return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse)
+    return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse, standardize.clip)
 
 
 def training_target(x_0, noise, alpha, sigma, prediction):
