@@ -47,6 +47,7 @@ VAE = dict(
 
 
 def text_config(hidden, layers, heads, act):
+    """The configuration of a CLIP text encoder, with projection."""
     return CLIPTextConfig(
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
         hidden_act=act, projection_dim=hidden, vocab_size=49408, max_position_embeddings=77,
@@ -76,6 +77,7 @@ class Schedule(NoiseSchedule):
         self.has_zero_terminal_snr = False
 
     def coefficients(self, t):
+        """(α_t, σ_t), (B, 1, 1, 1), for t (B,)."""
         return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
 
 

@@ -69,6 +69,7 @@ class Latents:
         return (z - self.shift) * self.vae.config.scaling_factor
 
     def decode(self, z):
+        """Pixels (B, 3, H, W) of scaled latents, by the VAE or the tiny decoder in its place."""
         shift = self.shift if self.decoder is self.vae else 0.0
         z = z / self.decoder.config.scaling_factor + shift  # a tiny decoder has factor 1: it reads scaled latents
         return self.decoder.decode(z.to(self.decoder.dtype)).sample.float()

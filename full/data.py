@@ -57,6 +57,7 @@ class Listed:
         self.seed, self.window = settings.seed, settings.shuffle_window
 
     def windows(self, epoch, part, parts, start=0):
+        """See above; start is the number of the first sample. DataError for fewer samples than parts."""
         if len(self) < parts:
             raise DataError(f"--data: {len(self)} samples for {parts} reading processes (GPUs × --workers); use fewer")
         order = list(range(len(self)))
@@ -96,9 +97,11 @@ class Folder(Listed):
         return len(self.files)
 
     def name(self, i):
+        """What a message calls sample i."""
         return str(self.files[i])
 
     def read(self, i):
+        """(image file's bytes, caption) of sample i."""
         file = self.files[i]
         caption = self.captions[file] if self.captions else file.with_suffix(".txt").read_text("utf-8").strip()
         return file.read_bytes(), caption
@@ -126,9 +129,11 @@ class Hub(Listed):
         return len(self.table)
 
     def name(self, i):
+        """What a message calls sample i."""
         return f"row {i}"
 
     def read(self, i):
+        """(image file's bytes, caption) of sample i."""
         row = self.table[i]
         image = row[self.image]
         if not isinstance(row[self.caption], str):
@@ -163,10 +168,12 @@ class Shards:
 
     @staticmethod
     def fail(url, error):
+        """A sample that could not be read: OSError."""
         raise OSError(f"{url}: {error}")
 
     @staticmethod
     def unpack(files):
+        """(image bytes, caption) of a shard's sample, {suffix: content}. ValueError without one of them."""
         image = next((files[s[1:]] for s in IMAGE_SUFFIXES if s[1:] in files), None)
         if image is None:
             raise ValueError(f"{files['__key__']}: no {', '.join(IMAGE_SUFFIXES)}")
@@ -177,6 +184,7 @@ class Shards:
         raise ValueError(f"{files['__key__']}: neither txt nor json")
 
     def windows(self, epoch, part, parts, start=(0, 0)):
+        """See above; start is (shard, sample in it). DataError for fewer shards than parts."""
         if len(self.urls) < parts:
             raise DataError(
                 f"--data: {len(self.urls)} shards for {parts} reading processes (GPUs × --workers); use fewer workers, or more shards"

@@ -81,6 +81,7 @@ class Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def inside(self, part, kind="activations"):
+        """What is made inside belongs to this part and is of this kind."""
         before = self.part, self.kind
         self.part, self.kind = part, kind
         try:
@@ -117,6 +118,7 @@ class Autocast:
         return out
 
     def cast(self, p):
+        """p in bfloat16; kept until the call ends if it needs a gradient, as torch.autocast keeps it. None stays None."""
         if p is None or p in self.casts:
             return p if p is None else self.casts[p]
         cast = p.bfloat16()

@@ -26,6 +26,7 @@ class Gpu:
     link: float  # bytes/s to the other GPUs of the node: NVLink, or PCIe 4.0 x16
 
     def rates(self):
+        """Operations a second by precision."""
         return {"bf16": self.bf16, "tf32": self.bf16 / 2}
 
 
@@ -231,6 +232,7 @@ class Plan:
 
 
 def count(network):
+    """Its parameters."""
     return sum(p.numel() for p in network.parameters())
 
 

@@ -14,6 +14,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 
 def parse_arguments(argv):
+    """The command line."""
     parser = argparse.ArgumentParser(prog="full/sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")

@@ -81,6 +81,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step):
+        """Take the parameters of an iteration in; the decay rises with the first ones."""
         decay = min(self.decay, (1 + step) / (10 + step))  # the first steps are soon forgotten
         for shadow, p in zip(self.shadows, self.parameters if self.decay else [], strict=True):
             shadow.lerp_(p, 1 - decay)
@@ -265,6 +266,7 @@ class Trainer:
         return {k: p.detach().to("cpu", copy=True) for k, p in unwrapped.named_parameters() if p.requires_grad}
 
     def load_network_state(self, state):
+        """The reverse of network_state; sharded, the first process has what all load."""
         if self.sharded:
             options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
             dcp.set_model_state_dict(self.network, state, options=options)
@@ -393,6 +395,7 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def raw_batches(self):
+        """As many batches of the loader as are accumulated. DataError, in one line, from whichever process."""
         if self.batches is None:
             with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which a resumed run would draw once more
                 self.batches = iter(self.loader)

@@ -42,6 +42,7 @@ def table(name, heading):
 
 
 def cells(row):
+    """The cells of a table's row."""
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
