@@ -32,8 +32,8 @@ class Standardize:
         return z * self.std + self.mean
 
     def clip(self, z):
-        """z with its pixels in [-1, 1]."""
-        return z.clamp(self(-1), self(1))
+        """z with its pixels in [-1, 1]; what is infinite stays so, or nobody would notice."""
+        return torch.where(z.isinf(), z, z.clamp(self(-1), self(1)))
 
 
 def make_denoiser(channels, classes, settings, standardize):
