@@ -33,8 +33,8 @@ Departures from the paper, and choices where it is silent
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
     9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
-       are told s (config.condition_on_s), noise on what F sees (augment_noise), estimates of x_0 that are clipped
-       (Denoiser.clip), and below τ_n the student's own images in the place of real ones (config.backward_simulation).
+       are told s (config.condition_on_s), noise on what F sees (augment_noise), and estimates of x_0 that are clipped to
+       the range of images (Denoiser.clip).
 """
 
 import math
@@ -171,7 +171,7 @@ class Denoiser(nn.Module):
                 "or use prediction='v' or 'x_0'"
             )
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.__dict__.update(encode=encode, decode=decode, clip=clip)  # past nn.Module's registration, if they are modules
+        self.__dict__.update(encode=encode, decode=decode, clip=clip)  # past nn.Module's registration
 
     def forward(self, x_t, t, cond, guidance=1.0, null_cond=None):
         """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in the schedule's float32: at 999 x̂_0 has 14.6 times ε̂'s error.
@@ -268,26 +268,6 @@ class Student(nn.Module):
         timesteps = self.inference_timesteps(steps) if timesteps is None else tuple(timesteps)
         if not timesteps or list(timesteps) != sorted(set(timesteps), reverse=True):
             raise ValueError(f"timesteps={timesteps} must fall strictly, and have at least one entry")
-        for tau, x_s, x_hat in self._states(noise, cond, timesteps, generator):
-            if on_step is not None:
-                on_step(tau, x_s, x_hat)
-        return self.denoiser.decode(x_hat)
-
-    @torch.no_grad()
-    def simulate(self, x_0, s, cond, generator=None):
-        """x_0 (B, C, H, W), in its place where s < τ_n the x̂_0 that sampling with every timestep diffuses to s.
-
-        A student that is trained on real images alone meets its own, softer ones for the first time when it samples
-        (backward simulation: Yin et al. 2024, DMD2; not in the paper). Costs n - 1 forward passes.
-        """
-        noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
-        states = self._states(noise, cond, self.timesteps[:0:-1], generator)
-        for below, (_, _, x_hat) in zip(self.timesteps[-2::-1], states, strict=True):
-            x_0 = torch.where(_column(s == below), x_hat, x_0)
-        return x_0
-
-    def _states(self, noise, cond, timesteps, generator):
-        """Yields (s, x_s, x̂_0) at each timestep, the first from noise, the next from x̂_0 and fresh noise."""
         x_s = noise
         for i, tau in enumerate(timesteps):
             s = torch.full((len(noise),), tau, device=noise.device)
@@ -295,7 +275,9 @@ class Student(nn.Module):
                 fresh = torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator)
                 x_s = self.denoiser.schedule.diffuse(x_hat, fresh, s)
             x_hat = self(x_s, s, cond)
-            yield tau, x_s, x_hat
+            if on_step is not None:
+                on_step(tau, x_s, x_hat)
+        return self.denoiser.decode(x_hat)
 
 
 # =====================================================================================================================
@@ -585,8 +567,6 @@ class ADDConfig:
     # s one-hot, beside c_text. Heads that are not told it compare the mixture of all s with the real images: one s may
     # then make up for what another lacks. Not in the paper.
     condition_on_s: bool = False
-    # Below τ_n the student is fed its own images, diffused, in the place of real ones. Not in the paper.
-    backward_simulation: bool = False
     # The student's space is the teacher's; if not, its pixels are encoded again (Table 1e). Nothing can check this: the
     # latents of SD2.1 and SDXL have one shape and two meanings.
     shared_latents: bool = True
@@ -723,8 +703,6 @@ class ADD(nn.Module):
             z_0 = denoiser.encode(batch.x_0)
         s = student.draw_timesteps(len(z_0), z_0.device, generator)
         noise = torch.randn(z_0.shape, dtype=z_0.dtype, device=z_0.device, generator=generator)
-        if self.config.backward_simulation:
-            z_0 = student.simulate(z_0, s, batch.cond, generator)
         x_hat = student(student.diffuse(z_0, noise, s), s, batch.cond)
         pixels = denoiser.decode(x_hat)
 

@@ -347,22 +347,6 @@ def test_timesteps_overrule_steps():
     assert [t[0].item() for t, _, _ in network.denoiser.network.calls] == [999, 899, 799]
 
 
-def test_simulation_gives_each_sample_what_sampling_would_diffuse_to_its_timestep():
-    """At τ_n x_0 itself, which the forward process ignores; below, x̂_0 of the next larger timestep, in one chain of three."""
-    network, x_0, cond, seen = student(), images(seed=5), conditions(), {}
-    s = torch.tensor([999, 749, 499, 249])
-    got = network.simulate(x_0, s, cond, generator(3))
-    calls = network.denoiser.network.calls[:]
-    assert [t.tolist() for t, _, _ in calls] == [[tau] * 4 for tau in (999, 749, 499)]
-    assert not any(with_gradient for _, with_gradient, _ in calls) and not got.requires_grad
-
-    g = generator(3)
-    noise = torch.randn(x_0.shape, dtype=x_0.dtype, generator=g)
-    network.sample(noise, cond, 4, generator=g, on_step=lambda tau, _, x_hat: seen.update({tau: x_hat}))
-    torch.testing.assert_close(got, torch.stack([x_0[0], seen[999][1], seen[749][2], seen[499][3]]))
-    assert torch.equal(student((999,)).simulate(x_0, torch.full((4,), 999), cond), x_0)
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -483,25 +483,6 @@ def test_teacher_timesteps_cover_the_schedule_except_zero_snr():
         assert model.student_half(make_batch(64), generator()).t.unique().tolist() == expected
 
 
-def test_with_backward_simulation_the_students_input_is_its_own_image_diffused():
-    """Of the calls the last alone has a gradient; its input is α_s x̂_0 + σ_s ε, at τ_n ε; the reals stay the reals."""
-    model, batch = make_add(backward_simulation=True), make_batch(32)
-    half = model.step(batch, *optimizers(model, lr=0), generator())
-    *before, (s, with_gradient, x_s) = model.student.denoiser.network.calls
-    assert len(before) == 3 and with_gradient and not any(with_gradient for _, with_gradient, _ in before)
-    assert torch.equal(s, half.s) and torch.equal(model.discriminator.features.calls[1][0], batch.x_0)
-
-    g = generator()
-    model.student.draw_timesteps(32, generator=g)
-    noise = torch.randn(batch.x_0.shape, dtype=torch.float64, generator=g)
-    own = model.student.simulate(batch.x_0, s, batch.cond, g)
-    below = s < 999
-    alpha, sigma = column(model.student.denoiser.schedule, s)
-    torch.testing.assert_close(x_s, torch.where(below.reshape(-1, 1, 1, 1), alpha * own + sigma * noise, noise))
-    assert 16 < below.sum() < 32 and (own - batch.x_0)[below].abs().amax((1, 2, 3)).min() > 0.1
-    assert all(x.abs().max() > 0 for x in gradients(model.student))
-
-
 # --- conditions of the discriminator ---------------------------------------------------------------------------------
 
 

@@ -140,7 +140,6 @@ def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path, stag
         ["--distil-weight", "sds", "--distil-teacher-steps", "2", "--distil-augment", "translation,cutout"],
         ["--start", "teacher"],
         ["--distil-anchor", "0"],
-        ["--distil-simulation", "true"],
     ],
 )
 def test_other_losses_and_conditions_give_another_student(finished, tmp_path, flags):

@@ -36,7 +36,6 @@ def build_add(student, teacher, features, classes, settings, device):
         guidance=settings.distil_guidance,
         teacher_steps=settings.distil_teacher_steps,
         condition_on_s=c_s,
-        backward_simulation=settings.distil_simulation,
     )
     return ADD(student, teacher, Discriminator(features, heads, settings.distil_augment), config).to(device).train()
 

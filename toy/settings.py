@@ -66,7 +66,6 @@ class Settings:
     distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
     distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
     distil_terminal_share: float = option(0.0, "share of the student's draws at the last of them, in ADD (0: uniform, as in the paper)", limits=SHARE)
-    distil_simulation: bool = option(False, "below the last, feed the student its own images in the place of real ones (not in the paper)")
     distil_lambda: float = option(2.5, "weight of the distillation loss")
     distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
