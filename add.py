@@ -33,8 +33,8 @@ Departures from the paper, and choices where it is silent
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
        favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
     9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
-       are told s (config.condition_on_s), noise on what F sees (augment_noise), and estimates of x_0 that are clipped to
-       the range of images (Denoiser.clip).
+       are told s (config.condition_on_s), noise on what F sees (augment_noise), and estimates of x_0 clipped to the
+       range of images (Denoiser.clip).
 """
 
 import math
