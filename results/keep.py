@@ -47,11 +47,11 @@ def cells(row):
 
 
 def summary_row(name):
-    """One row: the goals that the run was held to, with the goal where it missed one, its minutes and its commit."""
+    """One row: what was measured, in brackets the goal that the run was held to, in bold if missed; minutes and commit."""
     report = (RESULTS / name / "report.md").read_text()
     command, seed, commit = re.search(r"`(python [^`]*)`.* seed (\d+) .* commit (\S+)", report).groups()
     goals = [cells(row) for row in table(name, "Goals").splitlines()[2:]]
-    measured = [f"{value}, **goal {goal}**" if "missed" in met else value for _, value, goal, met in goals]
+    measured = [f"**{value} ({goal})**" if "missed" in met else f"{value} ({goal})" for _, value, goal, met in goals]
     seconds = int(cells(table(name, "Seconds").splitlines()[-1])[-1])
     return " | ".join([f"| [{name}](results/{name}/report.md): `{command}`, seed {seed}", *measured, f"{seconds / 60:.1f}", f"{commit} |"])
 

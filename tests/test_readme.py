@@ -99,7 +99,7 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
     assert (elsewhere / "results/x/report.md").read_text() == REPORT.replace("COMMAND", command)
     assert (elsewhere / "results/x/config.json").read_text() == '{"dataset": "mnist", "data_dir": "DIR", "seed": 3}'
     assert (elsewhere / "results/x/cost.png").read_bytes() == b"\x89 /home/me/data"
-    row = f"| [x](results/x/report.md): `{command}`, seed 3 | 1.1, **goal ≤ 1** | 0.97 | 1.5 | abc1234 |"
+    row = f"| [x](results/x/report.md): `{command}`, seed 3 | **1.1 (≤ 1)** | 0.97 (≥ 0.95) | 1.5 | abc1234 |"
     readme = (elsewhere / "README.md").read_text()
     assert summary_row("x") == row and row in readme and "old" not in readme and readme.endswith("<!-- end -->\nprose\n")
     assert table("x", "Figures").splitlines() == ["| | steps |", "|---|---|", "| teacher | 50 |"]
