@@ -173,11 +173,11 @@ class Denoiser(nn.Module):
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.__dict__.update(encode=encode, decode=decode, clip=clip)  # past nn.Module's registration
 
-    def forward(self, x_t, t, cond, guidance=1.0, null_cond=None):
+    def forward(self, x_t, t, cond, guidance=1.0, null_cond=None, clip=True):
         """(x̂_0, ε̂) at x_t (B, C, H, W), t (B,), in the schedule's float32: at 999 x̂_0 has 14.6 times ε̂'s error.
 
         guidance (a float, or (B,)) other than 1 extrapolates from null_cond to cond (Ho & Salimans 2022): in the
-        output, in which x̂_0 and ε̂ are linear.
+        output, in which x̂_0 and ε̂ are linear. clip=False leaves x̂_0 as it is, for a loss that has to pull it back.
         """
         alpha, sigma = self.schedule.coefficients(t)
         output = self.network(x_t, t, cond)
@@ -187,7 +187,7 @@ class Denoiser(nn.Module):
             null_output = self.network(x_t, t, null_cond)
             output = null_output + _column(guidance) * (output - null_output)
         x_0, epsilon = to_x_0_and_epsilon(output, x_t, alpha, sigma, self.prediction)
-        if self.clip is not None:
+        if clip and self.clip is not None:
             x_0 = self.clip(x_0)
             epsilon = (x_t - alpha * x_0) / sigma
         return x_0, epsilon

@@ -89,11 +89,14 @@ def targets(path, student, teacher, data, settings, device, columns=10):
     x_hat = student(x_s, s, labels)
     sheets, names = [x_0, teacher.decode(x_s), teacher.decode(x_hat)], ["x_0", "x_s", "x̂_θ"]
     null = torch.full_like(labels, len(data.classes))
-    asked = dict(null_cond=null, negative_cond=null, guidance=settings.distil_guidance, steps=settings.distil_teacher_steps)
+    asked = dict(
+        null_cond=null, negative_cond=null, guidance=settings.distil_guidance, steps=settings.distil_teacher_steps,
+        nfsd=settings.distil_weight == "nfsd",
+    )  # fmt: skip
     for t_value in (200, 500, 800):
         t = torch.full((columns,), t_value, device=device)
         sheets.append(teacher.decode(teacher.schedule.diffuse(x_hat, noise, t)))
-        sheets.append(teacher.decode(reconstruction_target(teacher, x_hat, noise, t, labels, nfsd=settings.distil_weight == "nfsd", **asked)))
+        sheets.append(teacher.decode(reconstruction_target(teacher, x_hat, noise, t, labels, **asked)))
         names += [f"x̂_θ,t  t={t_value}", f"x̂_ψ  t={t_value}"]
     figure, axes = plt.subplots(len(sheets), 1, figsize=(columns * 0.62, len(sheets) * 0.66))
     for axis, images, name in zip(axes, sheets, names, strict=True):

@@ -13,7 +13,7 @@ import copy
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from add import Student, descend, to_x_0_and_epsilon
+from add import Student, descend
 from toy.data import to_float
 from toy.loop import GeneratorState, run_loop, warm_up_then_decay
 from toy.samplers import BATCH, balanced_labels, denoise, dpm_solver, noise_for
@@ -69,9 +69,7 @@ def pair_loss(student, pairs, n, generator):
     at_end = student.is_terminal(s)
     y, at_end = torch.where(at_end, pairs.labels[i], pairs.real_labels[j]), at_end[:, None, None, None]
     x, noise = torch.where(at_end, pairs.images[i], real), torch.where(at_end, pairs.noise[i], fresh)
-    x_s, denoiser = student.diffuse(x, noise, s), student.denoiser
-    output = denoiser.network(x_s, s, y)
-    x_hat, _ = to_x_0_and_epsilon(output, x_s, *denoiser.schedule.coefficients(s), denoiser.prediction)
+    x_hat, _ = student.denoiser(student.diffuse(x, noise, s), s, y, clip=False)
     return (x_hat - x).square().flatten(1).mean(1)
 
 
