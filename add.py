@@ -30,11 +30,9 @@ Departures from the paper, and choices where it is silent
     5. c_img is zero at τ_n, where the student has seen nothing of x_0. Real images get their generated partners' c.
     6. The teacher's guidance, optimisers, EMA and augmentation are not in the paper: arguments here.
     7. NFSD with several teacher steps has no published form: refused.
-    8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced, and terminal_share may
-       favour τ_n. Each iteration has both halves; the heads judge images from before the student's update.
-    9. Optional, off unless asked for: heads that see how alike the images of a group are (group_deviation), heads that
-       are told s (config.condition_on_s), noise on what F sees (augment_noise), and estimates of x_0 clipped to the
-       range of images (Denoiser.clip).
+    8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced. Each iteration has both
+       halves; the heads judge images from before the student's update.
+    9. Optional, off unless asked for: estimates of x_0 clipped to the range of images (Denoiser.clip).
 """
 
 import math
@@ -212,35 +210,24 @@ def ddim(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
 class Student(nn.Module):
     """The denoiser that is trained, with T_student = {τ_1 < … < τ_n}: pure noise at τ_n, diffused images below.
 
-    terminal_share is the probability of s = τ_n, the rest being shared evenly; None means uniform, as in the paper.
+    ValueError if the timesteps do not rise strictly within the schedule.
     """
 
-    def __init__(self, denoiser, timesteps=(249, 499, 749, 999), terminal_share=None):
+    def __init__(self, denoiser, timesteps=(249, 499, 749, 999)):
         super().__init__()
         T = len(denoiser.schedule)
         if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"timesteps={tuple(timesteps)} must rise strictly within 0…{T - 1}")
-        if terminal_share is not None and not 0 < terminal_share <= 1:
-            raise ValueError(f"terminal_share={terminal_share} must be within (0, 1], or None for uniform")
         self.denoiser, self.timesteps = denoiser, tuple(timesteps)
-        n = len(timesteps)
-        if terminal_share is None or n == 1:
-            self.probabilities = [1 / n] * n
-        else:
-            self.probabilities = [(1 - terminal_share) / (n - 1)] * (n - 1) + [terminal_share]
 
     def draw_timesteps(self, n, device=None, generator=None):
-        """(n,) timesteps s from T_student."""
-        drawn = torch.multinomial(torch.tensor(self.probabilities, device=device), n, True, generator=generator)
+        """(n,) timesteps s, uniform over T_student."""
+        drawn = torch.randint(len(self.timesteps), (n,), device=device, generator=generator)
         return torch.tensor(self.timesteps, device=device)[drawn]
 
     def is_terminal(self, s):
         """(B,) booleans: s = τ_n, where the input holds nothing of x_0."""
         return s == self.timesteps[-1]
-
-    def one_hot(self, s):
-        """(B, n) zeros and ones: which of the n timesteps s is."""
-        return (s[:, None] == torch.tensor(self.timesteps, device=s.device)).to(self.denoiser.schedule.alpha.dtype)
 
     def diffuse(self, x_0, noise, s):
         """The student's input x_s (B, C, H, W); at τ_n the noise alone, whatever α_T: sampling starts there (§3.1)."""
@@ -290,46 +277,29 @@ def readout(tokens):
     return tokens[:, 1:] + tokens[:, :1]
 
 
-def in_groups(x, group_size, function):
-    """function, applied to stacks (g, b, …) of groups of x (B, …): at most group_size samples in each, and where that
-    does not divide B, groups that differ by one, in two stacks."""
-    groups = max(1, math.ceil(len(x) / group_size))
-    size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
-    first, rest = x.split([larger * (size + 1), (groups - larger) * size])
-    parts = [
-        rearrange(function(rearrange(part, "(g b) ... -> g b ...", b=b)), "g b ... -> (g b) ...")
-        for part, b in ((first, size + 1), (rest, size))
-        if len(part)
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
 class LocalBatchNorm(nn.Module):
-    """Batch norm of (B, C, N) over groups of at most 8 samples and their tokens, without running statistics."""
+    """Batch norm of (B, C, N) over groups of at most 8 samples and their tokens, without running statistics.
+
+    Where the group size does not divide B, the groups differ by one sample.
+    """
 
     def __init__(self, channels, group_size=8, eps=1e-5):
         super().__init__()
         self.group_size, self.eps = group_size, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def _normalize(self, x):  # (g, b, C, N); as a layer norm over a group's samples and tokens, for that is fused
-        rows = rearrange(x, "g b c n -> g c (b n)")
+    def _normalize(self, x, b):  # (g b, C, N), b samples a group; as a layer norm over (b N), which is fused
+        rows = rearrange(x, "(g b) c n -> g c (b n)", b=b)
         rows = F.layer_norm(rows, rows.shape[-1:], eps=self.eps)
-        return rearrange(rows, "g c (b n) -> g b c n", b=x.shape[1])
+        return rearrange(rows, "g c (b n) -> (g b) c n", b=b)
 
     def forward(self, x):
-        return in_groups(x, self.group_size, self._normalize) * self.weight[:, None] + self.bias[:, None]
-
-
-def group_deviation(tokens, group_size=8):
-    """Standard deviation of tokens (B, N, C) among the samples of a group, averaged over channels: (B, 1, N); as Karras
-    et al. (2018) do with a minibatch, it shows a head how alike the images are."""
-
-    def deviation(x):
-        variance = (x - x.mean(1, keepdim=True)).square().mean(1, keepdim=True)  # x.var(1) is far slower on CPUs
-        return (variance + 1e-8).sqrt().mean(-1, keepdim=True).expand(-1, x.shape[1], -1, -1)
-
-    return rearrange(in_groups(tokens, group_size, deviation), "b n 1 -> b 1 n")
+        groups = max(1, math.ceil(len(x) / self.group_size))
+        size, larger = divmod(len(x), groups)  # the first `larger` groups take one sample more
+        first, rest = x.split([larger * (size + 1), (groups - larger) * size])
+        parts = [self._normalize(part, b) for part, b in ((first, size + 1), (rest, size)) if len(part)]
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return x * self.weight[:, None] + self.bias[:, None]
 
 
 class DiscriminatorHead(nn.Module):
@@ -338,20 +308,19 @@ class DiscriminatorHead(nn.Module):
     1x1 conv → residual circular conv (sum / √2) → 1x1 conv to c_map channels, multiplied by a linear map of the
     conditions and summed / √c_map (projection, Miyato & Koyama 2018); convolutions spectrally normalised, each of the
     first two followed by local batch norm and a leaky ReLU. Without conditions the last convolution gives the logit.
-    hidden=None keeps C channels (StyleGAN-T); the toy uses fewer. deviation appends group_deviation to what the last
-    convolution reads: not in the paper, for small batches and weak F, where students collapse.
+    hidden=None keeps C channels (StyleGAN-T); the toy uses fewer.
     """
 
-    def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64, deviation=False):
+    def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64):
         super().__init__()
-        hidden, self.conditional, self.deviation = hidden or channels, bool(text_dim or image_dim), deviation
+        hidden, self.conditional = hidden or channels, bool(text_dim or image_dim)
 
         def block(c_in, kernel):
             conv = nn.Conv1d(c_in, hidden, kernel, padding="same", padding_mode="circular")
             return nn.Sequential(spectral_norm(conv), LocalBatchNorm(hidden), nn.LeakyReLU(0.2))
 
         self.first, self.residual = block(channels, 1), block(hidden, kernel)
-        self.last = spectral_norm(nn.Conv1d(hidden + deviation, c_map if self.conditional else 1, 1))
+        self.last = spectral_norm(nn.Conv1d(hidden, c_map if self.conditional else 1, 1))
         self.from_text = nn.Linear(text_dim, c_map, bias=False) if text_dim else None
         self.from_image = nn.Linear(image_dim, c_map, bias=False) if image_dim else None
         # With it a condition of zeros (c_img at τ_n) still leaves a logit.
@@ -360,8 +329,6 @@ class DiscriminatorHead(nn.Module):
     def forward(self, tokens, c_text=None, c_img=None):
         h = self.first(rearrange(tokens, "b n c -> b c n"))
         h = (h + self.residual(h)) / math.sqrt(2)
-        if self.deviation:  # scaled up, as one channel among many has to be heard
-            h = torch.cat([h, math.sqrt(h.shape[1]) * group_deviation(tokens)], dim=1)
         h = self.last(h)  # (B, c_map or 1, N)
         if not self.conditional:
             return h[:, 0]
@@ -449,15 +416,7 @@ def augment_cutout(images, generator=None, ratio=0.5):
     return images * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
 
-def augment_noise(images, generator=None, ratio=0.2):
-    """Unit noise times 0…ratio: hides what no eye sees, or a student fools a weak F with it (Wang et al. 2023)."""
-    noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
-    return images + _uniform(images, 0, ratio, generator) * noise
-
-
-AUGMENTATIONS = {
-    "color": augment_color, "translation": augment_translation, "cutout": augment_cutout, "noise": augment_noise,
-}  # fmt: skip
+AUGMENTATIONS = {"color": augment_color, "translation": augment_translation, "cutout": augment_cutout}
 
 
 # =====================================================================================================================
@@ -564,9 +523,6 @@ class ADDConfig:
     teacher_steps: int = 1  # Table 1f tries 1, 2, 4
     space: str = "pixel"  # where d(x, y) is measured: "pixel" (§3.1), or "diffused", the space the teacher diffuses
     reduction: str = "mean"  # of d(x, y) over an image; the paper's formula is "sum" (departure 2)
-    # s one-hot, beside c_text. Heads that are not told it compare the mixture of all s with the real images: one s may
-    # then make up for what another lacks. Not in the paper.
-    condition_on_s: bool = False
     # The student's space is the teacher's; if not, its pixels are encoded again (Table 1e). Nothing can check this: the
     # latents of SD2.1 and SDXL have one shape and two meanings.
     shared_latents: bool = True
@@ -611,7 +567,7 @@ class StudentHalf:
     pixels: torch.Tensor  # x̂_θ decoded, (B, C, H, W), detached
     target: torch.Tensor  # the teacher's x̂_ψ, in pixels or in its own space (config.space)
     fake_tokens: list = field(repr=False)  # [F_k(x̂_θ)], detached: the heads' half reads them again at no cost
-    c_text: torch.Tensor | None = field(repr=False)  # with s, if config.condition_on_s
+    c_text: torch.Tensor | None = field(repr=False)
     c_img: torch.Tensor | None = field(repr=False)  # zero where s = τ_n
     log: dict = field(default_factory=dict)  # name → detached scalar
 
@@ -707,9 +663,6 @@ class ADD(nn.Module):
         pixels = denoiser.decode(x_hat)
 
         c_text, c_img = batch.c_text, batch.c_img
-        if self.config.condition_on_s:
-            seen = student.one_hot(s)
-            c_text = seen if c_text is None else torch.cat([c_text, seen], dim=1)
         if c_img is not None:  # departure 5
             c_img = c_img.masked_fill(student.is_terminal(s)[:, None], 0)
         log = {}
@@ -746,14 +699,13 @@ class ADD(nn.Module):
         log["discriminator_won"] = ((log["sign_real"] > 0.9) & (log["sign_fake"] < -0.9)).float()
         return hinge + self.config.gamma * penalty, log
 
-    def step(self, batch, student_optimizer, heads_optimizer, generator=None, extra=0.0):
+    def step(self, batch, student_optimizer, heads_optimizer, generator=None):
         """A whole iteration in a plain loop, the student first. Returns the student's half, its log completed.
 
-        extra is a further loss of the student's, for what is not in the paper. FloatingPointError if a loss or gradient
-        is not finite; the network that it belongs to has not moved then.
+        FloatingPointError if a loss or gradient is not finite; the network that it belongs to has not moved then.
         """
         half = self.student_half(batch, generator)
-        half.log["gradient_student"] = descend(half.loss + extra, student_optimizer, "student")
+        half.log["gradient_student"] = descend(half.loss, student_optimizer, "student")
         loss, log = self.discriminator_half(batch, half, generator)
         half.log["gradient_heads"] = descend(loss, heads_optimizer, "discriminator")
         half.log |= log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()}

@@ -174,7 +174,7 @@ class DryRun(Trainer):
         self.image_features = vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
         heads = DiscriminatorHeads(
             [features.width] * len(features.levels), hidden=s.head_width or None,
-            text_dim=(self.text_features.width if self.text_features else 0) + len(s.timesteps) * s.condition_on_s,
+            text_dim=self.text_features.width if self.text_features else 0,
             image_dim=self.image_features.width if self.image_features else 0,
         )  # fmt: skip
         return Discriminator(features, heads.to(META), s.augment)  # late: spectral norm starts with many small steps

@@ -120,9 +120,7 @@ class Trainer:
             self.teacher_backbone = backbones.Backbone(settings.teacher, frozen, self.device, settings.variant)
             teacher_latents = self.teacher_backbone.load_latents(settings)
             shared = backbones.same_latents(self.backbone, self.teacher_backbone)
-        student = Student(
-            backbones.make_student_denoiser(self.backbone, latents, settings), settings.timesteps, settings.terminal_share or None
-        )
+        student = Student(backbones.make_student_denoiser(self.backbone, latents, settings), settings.timesteps)
         teacher = backbones.make_teacher(self.teacher_backbone, teacher_latents)
         if settings.compile:
             student.denoiser.network.compile()
@@ -165,7 +163,7 @@ class Trainer:
             self.image_features = VisionTransformer(load_vit(settings.c_img, dtype, "c-img"), what="c-img").to(self.device)
         heads = DiscriminatorHeads(
             [features.width] * len(features.levels),
-            text_dim=(self.text_features.width if self.text_features else 0) + len(settings.timesteps) * settings.condition_on_s,
+            text_dim=self.text_features.width if self.text_features else 0,
             image_dim=self.image_features.width if self.image_features else 0,
             hidden=settings.head_width or None,
         )
@@ -175,7 +173,7 @@ class Trainer:
         s = self.settings
         return ADDConfig(
             lambda_=s.lambda_, gamma=s.gamma, weight=s.weight, teacher_steps=s.teacher_steps, shared_latents=shared,
-            guidance=s.guidance[0] if len(s.guidance) == 1 else s.guidance, condition_on_s=s.condition_on_s,
+            guidance=s.guidance[0] if len(s.guidance) == 1 else s.guidance,
             space={"pixel": "pixel", "latent": "diffused"}[s.space],
         )  # fmt: skip
 

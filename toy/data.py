@@ -65,33 +65,40 @@ class Batches:
     """Endless shuffled batches of (float images (B, C, H, W) in [-1, 1], labels (B,)).
 
     Each epoch is a fresh permutation, and a batch may straddle two, so every image is seen equally often. The order
-    depends on the seed alone. `images` may be uint8 or float, on any device.
+    depends on the seed alone. `images` may be uint8 or float, on any device. With flip, half of an epoch's images are
+    mirrored.
     """
 
-    def __init__(self, images, labels, batch_size, seed):
+    def __init__(self, images, labels, batch_size, seed, flip=False):
         assert len(images) == len(labels) > 0, f"{len(images)} images but {len(labels)} labels"
-        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.images, self.labels, self.batch_size, self.flip = images, labels, batch_size, flip
         self.generator = torch.Generator().manual_seed(seed)
         self._start_epoch()
 
     def _start_epoch(self):
         self.epoch_start = self.generator.get_state()  # all that a resumed run needs to draw the same permutation
         self.order = torch.randperm(len(self.images), generator=self.generator)
+        if self.flip:
+            self.mirrored = torch.rand(len(self.images), generator=self.generator) < 0.5
         self.position = 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        parts, missing = [], self.batch_size
+        parts, mirrored, missing = [], [], self.batch_size
         while missing:
             if self.position == len(self.order):
                 self._start_epoch()
             parts.append(self.order[self.position : self.position + missing])
+            if self.flip:
+                mirrored.append(self.mirrored[parts[-1]])
             self.position += len(parts[-1])
             missing -= len(parts[-1])
         index = torch.cat(parts).to(self.images.device)
         images = self.images[index]
+        if self.flip:
+            images = torch.where(torch.cat(mirrored).to(images.device)[:, None, None, None], images.flip(3), images)
         return images if images.is_floating_point() else to_float(images), self.labels[index.to(self.labels.device)]
 
     def state_dict(self):

@@ -1,33 +1,40 @@
 """Distils the teacher into a student with add.py: the plain loop around ADD.step."""
 
+import copy
 import dataclasses
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
 from checkpoints import one_line, read, write
 from flags import from_dict
 from toy.data import Batches
-from toy.loop import GeneratorState, TrainingError, run_loop, warm_up_then_decay
+from toy.loop import GeneratorState, TrainingError, make_ema, run_loop, warm_up_then_decay
 from toy.networks import has_bf16
 from toy.settings import Settings
-from toy.start import pair_loss
 from toy.teacher import Standardize, make_denoiser
 
 
+def make_student(teacher, settings):
+    """The student before ADD: a trainable copy of the teacher (§3.1), without dropout."""
+    denoiser = copy.deepcopy(teacher).requires_grad_(True)
+    for module in denoiser.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # it held a long training off the data by heart; ADD's images never repeat
+    return Student(denoiser, settings.distil_timesteps)
+
+
 def build_add(student, teacher, features, classes, settings, device):
-    """add.ADD with fresh heads on every level of F."""
-    c_text, c_s = settings.distil_c_text, settings.distil_c_s
+    """add.ADD with fresh heads, one for each token map of F."""
     heads = DiscriminatorHeads(
-        [features.width] * features.levels,
-        text_dim=classes * c_text + len(settings.distil_timesteps) * c_s,
+        features.channels,
+        text_dim=classes if settings.distil_c_text else 0,
         image_dim=features.width if settings.distil_c_img else 0,
         hidden=settings.distil_head_width,
         kernel=settings.distil_head_kernel,
         c_map=settings.distil_c_map,
-        deviation=settings.distil_deviation,
     )
     config = ADDConfig(
         lambda_=settings.distil_lambda,
@@ -35,63 +42,57 @@ def build_add(student, teacher, features, classes, settings, device):
         weight=settings.distil_weight,
         guidance=settings.distil_guidance,
         teacher_steps=settings.distil_teacher_steps,
-        condition_on_s=c_s,
     )
     return ADD(student, teacher, Discriminator(features, heads, settings.distil_augment), config).to(device).train()
 
 
 def make_batch(images, labels, features, classes, settings):
-    """add.Batch of labelled images: the class is the condition of the denoisers, and one-hot that of the heads."""
-    null = torch.full_like(labels, classes)
-    c_text = F.one_hot(labels, classes).float() if settings.distil_c_text else None
+    """add.Batch of labelled images: the class is the denoisers' condition, and one-hot the heads' c_text; F's summary of
+    x_0 is their c_img. Both have norm √classes, so that the heads hear one as well as the other."""
+    null, norm = torch.full_like(labels, classes), classes**0.5
+    c_text = norm * F.one_hot(labels, classes).float() if settings.distil_c_text else None
     c_img = None
     if settings.distil_c_img:
         with torch.no_grad():
-            c_img = features.summary(images)
+            c_img = norm * F.normalize(features.summary(images), dim=1)
     # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above the threshold.
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def distil(folder, data, settings, student, teacher, pairs, features, device, key):
-    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs.
-
-    pairs (start.Pairs, or None) go on to hold each noise to its image and, below τ_n, the student to the data.
-    """
+def distil(folder, data, settings, teacher, features, device, key):
+    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
+    student = make_student(teacher, settings)
     add = build_add(student, teacher, features, classes, settings, device)
-    network = student.denoiser.network
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.distil_ema))
+    network, heads = student.denoiser.network, add.discriminator.heads
+    ema = make_ema(network, settings.distil_batch, settings.distil_ema)
     betas = (settings.distil_beta1, 0.99)
     student_optimizer = torch.optim.Adam(network.parameters(), lr=settings.distil_student_lr, betas=betas)
-    heads_optimizer = torch.optim.Adam(add.discriminator.heads.parameters(), lr=settings.distil_heads_lr, betas=betas)
+    heads_optimizer = torch.optim.Adam(heads.parameters(), lr=settings.distil_heads_lr, betas=betas)
     lr = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
         for optimizer in (student_optimizer, heads_optimizer)
     ]
-    batches = Batches(data.train_images, data.train_labels, settings.distil_batch, settings.seed + 4)
+    batches = Batches(data.train_images, data.train_labels, settings.distil_batch, settings.seed + 4, settings.flip == "true")
     generator = torch.Generator(device).manual_seed(settings.seed + 4)
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        order = labels.argsort(stable=True)  # groups of (nearly) one class: their deviation is that within the class
-        images, labels = images[order], labels[order]
         batch = make_batch(images, labels, features, classes, settings)
-        extra, anchor = 0.0, {}
-        if pairs is not None and settings.distil_anchor:
-            loss = pair_loss(student, pairs, len(images) // 2, generator).mean()
-            extra, anchor = settings.distil_anchor * loss, {"pairs": loss.detach()}
-        log = anchor | add.step(batch, student_optimizer, heads_optimizer, generator, extra).log
+        log = add.step(batch, student_optimizer, heads_optimizer, generator).log
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
-        return log | {"hinge_per_head": log["hinge"] / features.levels}
+        return log | {"hinge_per_head": log["hinge"] / len(heads)}
 
     parts = {
-        "student": network, "ema": ema, "heads": add.discriminator.heads, "student_optimizer": student_optimizer,
+        "student": network, "ema": ema, "heads": heads, "student_optimizer": student_optimizer,
         "heads_optimizer": heads_optimizer, "student_lr": lr[0], "heads_lr": lr[1], "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
+    if hasattr(features, "generator"):  # F that diffuses what it sees
+        parts["features_generator"] = GeneratorState(features.generator)
     seconds = run_loop(folder, "ADD", parts, step, steps, key, settings)
     network.load_state_dict(ema.module.state_dict())
     write(folder / "student.pt", {

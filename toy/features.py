@@ -1,22 +1,66 @@
-"""The discriminator's feature network F: a plain ViT trained on the run's own data, or the real DINOv2."""
+"""The discriminator's feature network F: the teacher's own encoder, a plain ViT trained on the run's data, or DINOv2.
+
+Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list of C_k, and
+`summary(images)`, an embedding (B, width) of whole images: c_img.
+"""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
-from add import augment_noise, descend, readout
+from add import descend, readout
 from toy.data import Batches
 from toy.loop import GeneratorState, run_loop
-from toy.networks import ViT
+from toy.networks import ResidualBlock, ViT
 
 NOISE = 0.6  # most that an F which denoises is shown
 
 
+class TeacherEncoder(nn.Module):
+    """The frozen teacher's down path and middle on diffused images, as in LADD (Sauer et al. 2024) and DMD2.
+
+    Images are diffused to t drawn uniformly from 0…599, each to its own, and get the empty condition. The draws have a
+    generator of their own, which a resumed run restores.
+    """
+
+    T_MAX = 600  # of 1000: beyond, little of an image is left to judge
+
+    def __init__(self, teacher, seed):
+        super().__init__()
+        self.teacher, network = teacher.eval(), teacher.network
+        self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
+        self.channels = [b.conv2.out_channels for b in (*network.down, *network.middle) if isinstance(b, ResidualBlock)]
+        self.width = self.channels[-1]
+
+    def _maps(self, images, noise, t):
+        x_t = self.teacher.schedule.diffuse(self.teacher.encode(images), noise, t)
+        return self.teacher.network.encode(x_t, t, torch.full_like(t, self.teacher.network.classes))
+
+    def forward(self, images):
+        t = torch.randint(self.T_MAX, (len(images),), device=images.device, generator=self.generator)
+        noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=self.generator)
+        return [rearrange(x, "b c h w -> b (h w) c") for x in self._maps(images, noise, t)]
+
+    def summary(self, images):
+        """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B, width)."""
+        t = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        return self._maps(images, torch.zeros_like(images), t)[-1].mean((2, 3))
+
+
 def make_features(folder, data, settings, device, key):
-    """(F, seconds): maps images to token maps; has width, levels (how many maps) and summary(images) → (B, width)."""
+    """(F, seconds), F frozen and on the device; (None, 0) where it is the teacher's encoder, which needs a teacher."""
+    if settings.features == "teacher":
+        return None, 0.0
     if settings.features == "dinov2":
         return DinoV2().to(device).requires_grad_(False).eval(), 0.0
     return train_vit(folder, data, settings, device, key)
+
+
+def add_noise(images, generator):
+    """Each image plus unit noise times a draw from 0…NOISE."""
+    scale = NOISE * torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
+    return images + scale * torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
 
 
 def patches_of(images, patch):
@@ -25,9 +69,8 @@ def patches_of(images, patch):
 
 
 def train_vit(folder, data, settings, device, key):
-    """(ViT, seconds). Its class token learns to name the class ("classify"), or to hold the whole image, from which a
-    small decoder rebuilds it, and the class besides ("summarize"); the same of noisy images, each patch token giving
-    its clean patch ("denoise"): then no faint pattern moves its features; or it stays as it was initialised ("none").
+    """(ViT, seconds). Of a "classifier" the class token learns to name the class. A "denoiser" is shown noisy images: each
+    patch token learns to give its clean patch, the class token to hold the whole clean image, and its class besides.
     """
     torch.manual_seed(settings.seed + 2)
     channels, size = data.train_images.shape[1], data.train_images.shape[-1]
@@ -40,20 +83,18 @@ def train_vit(folder, data, settings, device, key):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=settings.features_steps)
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
     generator = torch.Generator(device).manual_seed(settings.seed + 2)
-    objective = settings.features_objective
+    denoises = settings.features == "denoiser"
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        tokens = vit.states(augment_noise(images, generator, NOISE) if objective == "denoise" else images)[-1]
+        tokens = vit.states(add_noise(images, generator) if denoises else images)[-1]
         summary = tokens[:, 0]
         log = {"class": F.cross_entropy(classify(summary), labels)}
         loss = log["class"]
-        if objective in ("summarize", "denoise"):
+        if denoises:
             log["rebuild"] = F.mse_loss(rebuild(summary), images.flatten(1))
-            loss = 0.1 * loss + 4 * log["rebuild"]
-        if objective == "denoise":
             log["patch"] = F.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
-            loss = loss + 4 * log["patch"]
+            loss = 0.1 * loss + 4 * log["rebuild"] + 4 * log["patch"]
         descend(loss, optimizer, "features F")
         schedule.step()
         return {name: loss.detach() for name, loss in log.items()}
@@ -62,15 +103,14 @@ def train_vit(folder, data, settings, device, key):
         "networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches,
         "generator": GeneratorState(generator),
     }  # fmt: skip
-    steps = 0 if objective == "none" else settings.features_steps
-    seconds = run_loop(folder, "features F", parts, step, steps, key, settings)
+    seconds = run_loop(folder, "features F", parts, step, settings.features_steps, key, settings)
     return vit.eval().requires_grad_(False), seconds
 
 
 class DinoV2(nn.Module):
     """DINOv2 ViT-S/14 from torch.hub at 112 x 112: (B, 64, 384) tokens after the embedding and blocks 2, 5, 8, 11."""
 
-    width, levels, size, blocks = 384, 5, 112, (2, 5, 8, 11)
+    width, channels, size, blocks = 384, [384] * 5, 112, (2, 5, 8, 11)
 
     def __init__(self):
         super().__init__()
@@ -80,7 +120,7 @@ class DinoV2(nn.Module):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"--features dinov2: torch.hub cannot load it ({reason}); it needs the network once, or a filled "
-                "torch.hub cache; use --features trained without one"
+                "torch.hub cache; use --features teacher without one"
             ) from error
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])

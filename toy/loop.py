@@ -6,6 +6,7 @@ import os
 import time
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
@@ -156,6 +157,11 @@ def read_log(path):
     if not rows:
         raise TrainingError(f"{path} is empty; remove {path.parent} to have that stage done again")
     return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+
+
+def make_ema(network, batch, half_life):
+    """A moving average of the weights in which an image counts half after `half_life` more images have been seen."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (batch / half_life)))
 
 
 def warm_up_then_decay(step, steps, warm_up=50, floor=0.02):

@@ -36,10 +36,11 @@ def timestep_embedding(t, dim):
 
 
 class ResidualBlock(nn.Module):
-    """norm → conv → norm, scaled and shifted by the embedding → conv, plus the input (Dhariwal & Nichol 2021)."""
+    """norm → conv → norm, scaled and shifted by the embedding → dropout → conv, plus the input (Dhariwal & Nichol 2021)."""
 
-    def __init__(self, channels_in, channels_out, embedding):
+    def __init__(self, channels_in, channels_out, embedding, dropout=0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.GroupNorm(8, channels_in), nn.GroupNorm(8, channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
@@ -51,7 +52,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x, embedding):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulate(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
         return self.skip(x) + h
 
 
@@ -79,7 +80,7 @@ class UNet(nn.Module):
     divisible by 2 ** len(widths). With bf16, convolutions and products are taken in bfloat16, from float32 weights.
     """
 
-    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False):
+    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False, dropout=0.0):
         super().__init__()
         self.patch, self.classes, self.bf16, embedding = patch, classes, bf16, 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -90,11 +91,11 @@ class UNet(nn.Module):
         for level, w in enumerate(widths):
             if level > 0:
                 self.down.append(nn.Conv2d(width, w, 3, stride=2, padding=1))
-            self.down.extend(ResidualBlock(w, w, embedding) for _ in range(blocks))
+            self.down.extend(ResidualBlock(w, w, embedding, dropout) for _ in range(blocks))
             width = w
-        self.middle = nn.ModuleList([SelfAttention(width), ResidualBlock(width, width, embedding)])
+        self.middle = nn.ModuleList([SelfAttention(width), ResidualBlock(width, width, embedding, dropout)])
         for w, above in zip(reversed(widths), (*reversed(widths[:-1]), None), strict=True):
-            self.up.extend(ResidualBlock(2 * w, w, embedding) for _ in range(blocks))
+            self.up.extend(ResidualBlock(2 * w, w, embedding, dropout) for _ in range(blocks))
             if above:
                 self.up.append(nn.Sequential(nn.Conv2d(w, 4 * above, 1), nn.PixelShuffle(2)))
         self.norm = nn.GroupNorm(8, widths[0])
@@ -102,27 +103,33 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    def encode(self, x_t, t, label):
+        """What each residual block of the down path and the middle gives, finest first: [(B, widths[level], H', W')]."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            return [h.to(x_t.dtype) for h in self._encode(x_t, self._embed(t, label))]
+
     def forward(self, x_t, t, label):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._forward(x_t, t, label).to(x_t.dtype)
+            embedding = self._embed(t, label)
+            *skips, h = self._encode(x_t, embedding)
+            for layer in self.up:
+                if isinstance(layer, ResidualBlock):
+                    h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+                else:
+                    h = layer(h)
+            return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch).to(x_t.dtype)
 
-    def _forward(self, x_t, t, label):
-        embedding = self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)
-        h = self.stem(F.pixel_unshuffle(x_t, self.patch))
-        skips = []
-        for layer in self.down:
+    def _embed(self, t, label):
+        return self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)
+
+    def _encode(self, x_t, embedding):
+        h, maps = self.stem(F.pixel_unshuffle(x_t, self.patch)), []
+        for layer in (*self.down, *self.middle):
             if isinstance(layer, ResidualBlock):
-                skips.append(h := layer(h, embedding))
+                maps.append(h := layer(h, embedding))
             else:
                 h = layer(h)
-        for layer in self.middle:
-            h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
-        for layer in self.up:
-            if isinstance(layer, ResidualBlock):
-                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
-            else:
-                h = layer(h)
-        return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch)
+        return maps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ class ViT(nn.Module):
 
     def __init__(self, channels=1, size=32, patch=4, width=96, depth=4, heads=4):
         super().__init__()
-        self.patch, self.width, self.levels = patch, width, depth + 1
+        self.patch, self.width, self.channels = patch, width, [width] * (depth + 1)
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))

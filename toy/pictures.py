@@ -141,8 +141,8 @@ def cost(path, results):
     for rows, color, name in lines:
         rows = sorted(rows, key=lambda row: row["evaluations"])
         axis.plot([r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name)
-    for row in results["pairs"]:
-        axis.plot(row["evaluations"], row["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)")
+    solver = results["solver"]
+    axis.plot(solver["evaluations"], solver["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)")
     axis.axhline(results["real"]["fd"], color=REAL, linestyle=":", label=f"{results['n']} real training images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="Fréchet distance (metric net)")
     axis.legend()

@@ -1,8 +1,7 @@
 """Train a teacher, distil it with ADD, look at the pictures and the table: python toy/run.py
 
-Stages: data, metric network, feature network F, teacher, its pairs of noise and image, the student's start on them, ADD,
-evaluation, report. Each is kept in the run folder and reused when its settings are the same. Ctrl-C leaves a run that
-`--resume` goes on with.
+Stages: data, feature network F, metric network, teacher, ADD, evaluation, report. Each is kept in the run folder and
+reused when its settings are the same. Stop with Ctrl-C at any time; `--resume` continues.
 """
 
 import os
@@ -12,7 +11,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import copy
 import dataclasses
 import json
 import shlex
@@ -27,14 +25,13 @@ from checkpoints import CheckpointError, Stopped, be_deterministic, one_line, pe
 from flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
-from toy.distil import distil
+from toy.distil import distil, make_student
 from toy.evaluate import evaluate
-from toy.features import make_features
+from toy.features import TeacherEncoder, make_features
 from toy.loop import TrainingError
 from toy.metrics import train_metric_net
 from toy.networks import has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
-from toy.start import draw_pairs, make_student
 from toy.teacher import train_teacher
 
 
@@ -123,8 +120,9 @@ def run(arguments, given):
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
+    flip = {"auto": "true" if data.kind == "cifar10" else "false"}.get(settings.flip, settings.flip)
     # A resumed "auto" must not come to other data, or another precision.
-    settings = dataclasses.replace(settings, dataset=data.kind, precision=precision)
+    settings = dataclasses.replace(settings, dataset=data.kind, precision=precision, flip=flip)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -133,13 +131,13 @@ def run(arguments, given):
         for stage in STAGES:
             refuse_unfinished(folder, stage, keys[stage])
 
-    metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
+    # F comes first: a DINOv2 that cannot be loaded should not cost a teacher's training.
     features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
+    metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
     teacher, seconds["teacher"] = train_teacher(folder / "teacher", data, settings, device, keys["teacher"])
-    pairs, seconds["pairs"] = draw_pairs(folder / "pairs", teacher, data, settings, device, keys["pairs"])
-    student, seconds["start"] = make_student(folder / "start", teacher, pairs, settings, device, keys["start"])
-    started = copy.deepcopy(student)
-    student, seconds["ADD"] = distil(folder / "distil", data, settings, student, teacher, pairs, features, device, keys["distil"])
+    features = features or TeacherEncoder(teacher, settings.seed)
+    started = make_student(teacher, settings).eval()
+    student, seconds["ADD"] = distil(folder / "distil", data, settings, teacher, features, device, keys["distil"])
 
     path = folder / "results.json"
     stored = read_results(path)

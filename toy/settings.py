@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from flags import check_choices, check_limits, flag, option
+from flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 
@@ -21,6 +21,7 @@ class Settings:
     dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder", ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder"))
     data_dir: str = option("data", "where the data set is, or is downloaded to; for folder: the folder of class folders")
     size: int = option(32, "height and width of the images, in pixels", limits=(8, 1024))
+    flip: str = option("auto", "mirror half of the training images: true, false, or auto: of CIFAR-10 alone", ("auto", "true", "false"))
     limit: int = option(0, "use only so many training and so many test images (0: all)")
     max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
@@ -31,13 +32,6 @@ class Settings:
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
 
-    features: str = option("trained", "the discriminator's F: trained (a ViT, on this data) or dinov2 (torch.hub)", ("trained", "dinov2"))
-    features_objective: str = option("denoise", "what F learns: classify, summarize, denoise or none (see toy/features.py)", ("classify", "summarize", "denoise", "none"))
-    features_patch: int = option(4, "patch size of F", limits=COUNT)
-    features_width: int = option(96, "channels of F", limits=COUNT)
-    features_depth: int = option(3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT)
-    features_steps: int = option(300, "training steps of F", limits=COUNT)
-
     teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT)
     teacher_blocks: int = option(1, "residual blocks at each resolution, down and up", limits=COUNT)
     teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine", ("scaled_linear", "linear", "cosine"))
@@ -46,39 +40,33 @@ class Settings:
     teacher_steps: int = option(950, "training steps of the teacher", limits=COUNT)
     teacher_batch: int = option(128, "its batch size", limits=COUNT)
     teacher_lr: float = option(1e-3, "its learning rate", limits=RATE)
-    teacher_ema: float = option(0.995, "decay of its weights' moving average", limits=SHARE)
+    teacher_ema: float = option(18_000, "images after which one counts half in the moving average of its weights", limits=COUNT)
+    teacher_dropout: float = option(0.0, "dropout in its residual blocks", limits=(0, 0.99))
     teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
 
-    pairs_number: int = option(8000, "pairs of noise and image drawn from the teacher, for --start pairs", limits=COUNT)
-    pairs_steps: int = option(10, "DPM-Solver++ steps that make such an image", limits=(1, 1000))
-    pairs_guidance: float = option(2.0, "and the guidance", limits=GUIDANCE)
+    features: str = option("teacher", "the discriminator's F: teacher (its encoder), classifier or denoiser (a ViT, trained here on the data), or dinov2 (torch.hub)", ("teacher", "classifier", "denoiser", "dinov2"))
+    features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
+    features_width: int = option(96, "its channels", limits=COUNT)
+    features_depth: int = option(3, "its blocks; the heads read the patch embedding and every block", limits=COUNT)
+    features_steps: int = option(600, "its training steps", limits=COUNT)
 
-    start: str = option("pairs", "what the student starts as: pairs (taught the teacher's pairs and the data; not in the paper), or teacher (a copy)", ("pairs", "teacher"))
-    start_steps: int = option(2000, "training steps on the pairs, and on the data below τ_n", limits=COUNT)
-    start_terminal_share: float = option(0.65, "share of them that is on the pairs", limits=(1e-3, 1))
-    start_lr: float = option(1.5e-3, "their learning rate; the batch size is ADD's", limits=RATE)
-
-    distil_steps: int = option(500, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(1500, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
-    distil_student_lr: float = option(4e-4, "the student's learning rate", limits=RATE)
-    distil_heads_lr: float = option(6e-3, "the discriminator heads' learning rate", limits=RATE)
+    distil_student_lr: float = option(1e-4, "the student's learning rate", limits=RATE)
+    distil_heads_lr: float = option(1e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
-    distil_ema: float = option(0.99, "decay of the student's moving average", limits=SHARE)
-    distil_timesteps: tuple[int, ...] = option((199, 299, 399, 799), "T_student; pure noise stands in for the last")
-    distil_terminal_share: float = option(0.0, "share of the student's draws at the last of them, in ADD (0: uniform, as in the paper)", limits=SHARE)
+    distil_ema: float = option(8_000, "images after which one counts half in the student's moving average", limits=COUNT)
+    distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student; pure noise stands in for the last")
     distil_lambda: float = option(2.5, "weight of the distillation loss")
-    distil_anchor: float = option(3.0, "weight of the start's own loss beside ADD's, on half a batch (0: none; not in the paper)")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
     distil_guidance: float = option(2.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)
     distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target", limits=COUNT)
     distil_c_text: bool = option(True, "condition the heads on the class")
-    distil_c_img: bool = option(False, "condition the heads on F's class token of x_0")
-    distil_c_s: bool = option(True, "condition the heads on the student's timestep s (not in the paper)")
-    distil_augment: tuple[str, ...] = option(("noise",), "DiffAugment before F: color, translation, cutout, noise", ("color", "translation", "cutout", "noise"))
+    distil_c_img: bool = option(True, "condition the heads on F's summary of x_0")
+    distil_augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout", ("color", "translation", "cutout"))
     distil_head_width: int = option(32, "channels inside a head", limits=COUNT)
     distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=(1, 15))
-    distil_deviation: bool = option(True, "show the heads how alike the images of a group are (not in the paper)")
     distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
 
     eval_images: int = option(1000, "generated images that each figure is taken from", limits=(20, 10**6))
@@ -92,9 +80,21 @@ class Settings:
         for name in ("teacher_widths", "distil_timesteps", "eval_guidances", "eval_steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{flag(name)}: empty; give at least one number")
-        for name in ("eval_guidances", "eval_steps"):
+        for name in ("eval_guidances", "eval_steps", "distil_timesteps"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must rise strictly")
+                raise ValueError(f"--{flag(name)} {show(getattr(self, name))}: must rise strictly")
+        if self.distil_timesteps[-1] >= 1000:
+            raise ValueError(f"--distil-timesteps {show(self.distil_timesteps)}: the last must be at most 999; the schedules have T = 1000")
+        if self.teacher_zero_snr and self.teacher_prediction == "epsilon":
+            raise ValueError("--teacher-zero-snr true: not with --teacher-prediction epsilon, whose x_0 is singular there; take v or x_0")
+        if self.distil_weight == "nfsd" and self.distil_teacher_steps != 1:
+            raise ValueError(f"--distil-teacher-steps {self.distil_teacher_steps}: must be 1 with --distil-weight nfsd")
+        least = 2 ** len(self.teacher_widths)
+        if self.size % least or any(width % 8 for width in self.teacher_widths):
+            raise ValueError(
+                f"--teacher-widths {show(self.teacher_widths)}: each must be a multiple of 8, and --size {self.size} one of "
+                f"{least} with so many resolutions"
+            )
         if self.features_width % 4:
             raise ValueError(f"--features-width {self.features_width}: must be a multiple of 4, the heads of its attention")
         if self.size % self.features_patch:
@@ -104,30 +104,28 @@ class Settings:
 PRESETS = {
     "cpu": {},
     "long": dict(
-        metric_steps=400, features_depth=4, features_steps=1000, teacher_steps=4000, teacher_ema=0.999, pairs_number=16_000,
-        start_steps=4000, distil_steps=4000, distil_ema=0.998, eval_images=2000, eval_search_steps=0,
+        metric_steps=400, teacher_steps=4000, teacher_ema=90_000, features_depth=4, features_steps=1000, distil_steps=4000,
+        distil_ema=20_000, eval_images=2000, eval_search_steps=0,
     ),
     "gpu": dict(
-        metric_steps=2000, features_depth=4, features_steps=5000, features_width=192, teacher_widths=(64, 128, 256), teacher_blocks=2,
-        teacher_steps=15_000, teacher_ema=0.999, pairs_number=50_000, start_steps=10_000,
-        distil_steps=8000, distil_batch=128,
-        distil_head_width=96, distil_c_map=64, distil_ema=0.999, eval_images=5000, eval_search_steps=0,
+        metric_steps=2000, teacher_widths=(128, 256, 256), teacher_blocks=2, teacher_steps=40_000, teacher_batch=256, teacher_lr=2e-4,
+        teacher_ema=500_000, teacher_dropout=0.1, features_depth=4, features_steps=5000, features_width=192, distil_steps=20_000,
+        distil_batch=256, distil_student_lr=1e-4, distil_heads_lr=1e-4, distil_ema=100_000, distil_head_width=128, distil_c_map=64,
+        eval_images=5000, eval_search_steps=0,
     ),
     "tiny": dict(
-        limit=256, metric_steps=4, features_width=16, features_depth=2, features_steps=4, teacher_widths=(8, 16),
-        teacher_steps=6, teacher_batch=16, pairs_number=120, pairs_steps=2, start_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8,
-        eval_images=64, eval_guidances=(1.0, 2.0), eval_search_steps=2, eval_steps=(1, 4),
+        limit=256, metric_steps=4, teacher_widths=(8, 16), teacher_steps=6, teacher_batch=16, features_width=16, features_depth=2,
+        features_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8, eval_images=64,
+        eval_guidances=(1.0, 2.0), eval_search_steps=2, eval_steps=(1, 4),
     ),
 }  # fmt: skip
 
 STAGES = {  # what each stage's result depends on: fields that start with its name, and the stages before it
     "data": ((), ()),  # see stage_key
     "metric": (("data",), ()),
+    "teacher": (("data",), ("precision", "flip")),
     "features": (("data",), ()),
-    "teacher": (("data",), ("precision",)),
-    "pairs": (("teacher",), ()),
-    "start": (("pairs",), ("distil_timesteps", "distil_batch", "distil_ema")),
-    "distil": (("features", "start"), ()),
+    "distil": (("teacher", "features"), ()),
     "eval": (("metric", "distil"), ()),
 }
 

@@ -1,11 +1,10 @@
 """Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an EMA."""
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from add import Denoiser, NoiseSchedule, descend
 from toy.data import Batches, to_float
-from toy.loop import GeneratorState, run_loop, warm_up_then_decay
+from toy.loop import GeneratorState, make_ema, run_loop, warm_up_then_decay
 from toy.networks import UNet
 
 
@@ -37,18 +36,12 @@ class Standardize:
 
 
 def make_denoiser(channels, classes, settings, standardize):
-    """An untrained class-conditional U-Net with the noise schedule of the settings. ValueError for widths that do not fit."""
-    least = 2 ** len(settings.teacher_widths)
-    if settings.size % least or any(width % 8 for width in settings.teacher_widths):
-        raise ValueError(
-            f"--teacher-widths {settings.teacher_widths}: each must be a multiple of 8, and --size {settings.size} one "
-            f"of {least} with so many resolutions"
-        )
+    """An untrained class-conditional U-Net with the noise schedule of the settings."""
     schedule = getattr(NoiseSchedule, settings.teacher_schedule)()
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
     bf16 = settings.precision == "bf16"
-    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks, bf16=bf16)
+    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks, bf16=bf16, dropout=settings.teacher_dropout)
     return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse, standardize.clip)
 
 
@@ -64,10 +57,10 @@ def train_teacher(folder, data, settings, device, key):
     standardize = Standardize.of(to_float(data.train_images))
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.teacher_ema))
+    ema = make_ema(network, settings.teacher_batch, settings.teacher_ema)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.teacher_lr, betas=(0.9, 0.99))
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
-    batches = Batches(data.train_images, data.train_labels, settings.teacher_batch, settings.seed + 3)
+    batches = Batches(data.train_images, data.train_labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true")
     generator = torch.Generator(device).manual_seed(settings.seed + 3)
 
     def step(i):
