@@ -1,22 +1,22 @@
 """Keeps finished runs of the toy, and their tables in the README.
 
 python results/keep.py RUN NAME   copies the report of the run folder RUN, with its pictures and figures, to results/NAME
-python results/keep.py            fills README.md's tables from results/*/report.md (the former does it, too)
+python results/keep.py            fills README.md's tables from results/ (the former does it, too)
 
-In the README a table stands between `<!-- report: NAME -->`, or `<!-- summary: NAME NAME … -->` with a row for each, and
-`<!-- end -->`. A new NAME has to be put there by hand, once.
+In the README a table stands between `<!-- report: NAME -->`, or `<!-- summary: GROUP GROUP … -->`, and `<!-- end -->`. A
+group is the runs results/GROUP-seed*; its row has their mean and, in brackets, the least and the largest.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+from toy.report import goals
+
 KEPT = ("report.md", "results.json", "config.json", "comparison.png", "refinement.png", "targets.png", "cost.png", "curves.png")
-SUMMARY = (
-    "| run | × the teacher's distance: one step | four steps | accuracy, one step | recall, × | variance of pixels, × | of features, × | minutes | commit |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
 PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind the command
 
 
@@ -46,14 +46,33 @@ def cells(row):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def summary_row(name):
-    """One row: what was measured, in brackets the goal that the run was held to, in bold if missed; minutes and commit."""
-    report = (RESULTS / name / "report.md").read_text()
-    command, seed, commit = re.search(r"`(python [^`]*)`.* seed (\d+) .* commit (\S+)", report).groups()
-    goals = [cells(row) for row in table(name, "Goals").splitlines()[2:]]
-    measured = [f"**{value} ({goal})**" if "missed" in met else f"{value} ({goal})" for _, value, goal, met in goals]
-    seconds = int(cells(table(name, "Seconds").splitlines()[-1])[-1])
-    return " | ".join([f"| [{name}](results/{name}/report.md): `{command}`, seed {seed}", *measured, f"{seconds / 60:.1f}", f"{commit} |"])
+def seeds_of(group):
+    """The kept runs of a group, in the order of their seeds."""
+    return sorted(run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md"))
+
+
+def summary(groups):
+    """Lines of the table with a row for each group: what the goals are about, in bold where the mean misses its goal."""
+    lines = []
+    for group in groups:
+        names = seeds_of(group)
+        measured, minutes = [], []
+        for name in names:
+            stored, config = (json.loads((RESULTS / name / file).read_text()) for file in ("results.json", "config.json"))
+            measured.append(goals(stored["results"], config["preset"]))
+            minutes.append(int(cells(table(name, "Seconds").splitlines()[-1])[-1]) / 60)
+        if not lines:
+            columns = ["run", "seeds", *(f"{what} ({goal})" for what, _, goal, _ in measured[0]), "minutes"]
+            lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        row = [f"[{group}](results/{names[0]}/report.md)", str(len(names))]
+        for same in zip(*measured, strict=True):
+            values, goal = [value for _, value, _, _ in same], same[0][2]
+            mean = sum(values) / len(values)
+            met = mean <= float(goal[2:]) if goal[0] == "≤" else mean >= float(goal[2:])
+            text = f"{mean:.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
+            row.append(text if met else f"**{text}**")
+        lines.append("| " + " | ".join([*row, f"{sum(minutes) / len(minutes):.0f}"]) + " |")
+    return lines
 
 
 def fill(readme):
@@ -63,12 +82,10 @@ def fill(readme):
         kind, names, old = match[1], match[2].split(), match[3]
         if "<!--" in old:
             raise ValueError(f"README.md: `<!-- {kind}: {match[2]} -->` has no `<!-- end -->`")
-        if missing := [name for name in names if not (RESULTS / name / "report.md").exists()]:
+        there = seeds_of if kind == "summary" else lambda name: (RESULTS / name / "report.md").exists()
+        if missing := [name for name in names if not there(name)]:
             raise ValueError(f"README.md: `<!-- {kind}: {match[2]} -->` names {missing[0]}, which is not in results/")
-        if kind == "summary":
-            lines = [SUMMARY, *(summary_row(name) for name in names)]
-        else:
-            lines = [table(names[0], "Figures"), "", table(names[0], "Goals")]
+        lines = summary(names) if kind == "summary" else [table(names[0], "Figures")]
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- (report|summary): ([^>]*?) -->\n(.*?)<!-- end -->", tables, readme, flags=re.DOTALL)

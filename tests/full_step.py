@@ -35,9 +35,6 @@ class Tape:
         self.count += 1
         return torch.Generator().manual_seed(100 * self.iteration + self.count)
 
-    def multinomial(self, probabilities, n, replacement, generator=None):
-        return torch.multinomial(probabilities, TOTAL, replacement, generator=self._generator())[self.rows]
-
     def randn(self, shape, dtype=None, device=None, generator=None):
         return torch.randn((TOTAL, *shape[1:]), dtype=dtype, generator=self._generator())[self.rows]
 

@@ -138,7 +138,7 @@ def read_output(prediction, output, x_t, a, s):
 def draws(model, batch, g):
     """What one student half draws, in its order: s, ε, t, ε'."""
     tau = torch.tensor(model.student.timesteps)
-    s = tau[torch.multinomial(torch.full((len(tau),), 1 / len(tau)), len(batch.x_0), True, generator=g)]
+    s = tau[torch.randint(len(tau), (len(batch.x_0),), generator=g)]
     noise = torch.randn(batch.x_0.shape, dtype=torch.float64, generator=g)
     t = torch.randint(1000, (len(batch.x_0),), generator=g)
     return s, noise, t, torch.randn(batch.x_0.shape, dtype=torch.float64, generator=g)

@@ -15,7 +15,6 @@ from add import (
     DiscriminatorHead,
     DiscriminatorHeads,
     LocalBatchNorm,
-    group_deviation,
     hinge_discriminator,
     hinge_student,
     r1,
@@ -255,17 +254,6 @@ def test_cutout_by_hand(monkeypatch):
     assert asked == [(0, 1), (0, 1)]
 
 
-def test_noise_by_hand(monkeypatch):
-    """Half a unit of noise on the first image, none on the second; independent in every pixel."""
-    asked = fixed_draws(monkeypatch, [0.5, 0.0])
-    images = randn(2, 3, 64, 64)
-    added = AUGMENTATIONS["noise"](images, generator()) - images
-    assert asked == [(0, 0.2)] and (added[1] == 0).all()
-    n, x = added[0].numel(), added[0].flatten() / 0.5
-    assert abs(x.mean()) < 5 / math.sqrt(n) and abs(x.square().mean() - 1) < 5 * math.sqrt(2 / n)
-    assert abs((x[1:] * x[:-1]).mean()) < 5 / math.sqrt(n)
-
-
 def test_cutout_multiplies_by_zero_and_one_alone():
     images = randn(64, 3, 16, 16)
     out = AUGMENTATIONS["cutout"](images, generator())
@@ -379,43 +367,3 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_argument_value_and_what_is_allowed(case):
     assert_refused(*ERRORS[case])
-
-
-# Group deviation (departure 9) ---------------------------------------------------------------------------------------
-
-
-def test_group_deviation_by_hand():
-    """Two groups of 8: in the first, channel 0 alternates between ±3 (deviation 3) and channel 1 is constant (0)."""
-    tokens = torch.zeros(16, 2, 2, dtype=torch.float64)
-    tokens[:8, 1, 0] = torch.tensor([3.0, -3.0] * 4)
-    out = group_deviation(tokens)
-    assert out.shape == (16, 1, 2)
-    torch.testing.assert_close(out[:8, 0, 1], torch.full((8,), 1.5).double(), atol=1e-4, rtol=0)
-    assert out[:8, 0, 0].max() < 1e-3 and out[8:].max() < 1e-3
-
-
-@pytest.mark.parametrize("n", [3, 12, 17])
-def test_group_deviation_takes_any_batch_and_keeps_groups_apart(n):
-    tokens = torch.randn(n, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sizes = [len(x) for x in torch.arange(n).tensor_split(-(-n // 8))]
-    expected = torch.cat([x.std(0, correction=0).mean(-1).expand(len(x), -1) for x in tokens.split(sizes)])
-    torch.testing.assert_close(group_deviation(tokens)[:, 0], expected)
-
-
-def test_a_head_with_deviation_tells_a_collapsed_group_and_its_gradient_parts_the_samples():
-    """Identical samples get another logit map than the mean of different ones would, and are pushed apart, not along."""
-    torch.manual_seed(0)
-    head = DiscriminatorHead(4, deviation=True).double().eval()
-    plain = DiscriminatorHead(4).double()
-    assert head.last.weight.shape[1] == plain.last.weight.shape[1] + 1
-    tokens = torch.randn(8, 6, 4, dtype=torch.float64)
-    wide = (1e3 * (tokens - tokens.mean(0)) + tokens.mean(0)).requires_grad_()
-    deviations = math.sqrt(4) * group_deviation(wide)
-    share = head.last.weight[0, -1, 0] * deviations[:, 0]  # what the extra channel adds to the logits
-    h = head.first(wide.mT)
-    h = (h + head.residual(h)) / math.sqrt(2)
-    without = torch.nn.functional.conv1d(h, head.last.weight[:, :-1], head.last.bias)[:, 0]
-    torch.testing.assert_close(head(wide), without + share)
-    (gradient,) = torch.autograd.grad(share.sum() * share[0, 0].sign(), wide)
-    outward = (gradient * (wide - wide.mean(0))).sum()
-    assert outward > 0  # raising the deviation's share means moving the samples away from their mean

@@ -114,8 +114,8 @@ def test_mixed_pairs_of_other_latents_and_predictions(checkpoints, tmp_path, stu
 
 @pytest.mark.parametrize("more", [
     {"weight": "nfsd", "guidance": "7.5"}, {"weight": "sds", "space": "latent"}, {"guidance": "3,8", "teacher_steps": 2},
-    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"condition_on_s": "true", "augment": "color,translation,cutout"},
-    {"features_size": 56, "features_crop": 1.0}, {"ema": 0, "clip": 0}, {"init": "random", "terminal_share": 0.5},
+    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"augment": "color,translation,cutout"},
+    {"features_size": 56, "features_crop": 1.0}, {"ema": 0, "clip": 0}, {"init": "random"},
     {"vae_slicing": "false", "checkpointing": "false"},
 ], ids=lambda more: " ".join(more))  # fmt: skip
 def test_every_variant_of_the_method_runs(checkpoints, tmp_path, more):
@@ -193,7 +193,7 @@ def test_help_shows_every_setting_and_needs_no_diffusers():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "full" / "run.py", "--help"], capture_output=True, text=True, cwd=ROOT
     )
-    assert done.returncode == 0 and "--condition-on-s" in done.stdout and "T_student" in done.stdout
+    assert done.returncode == 0 and "--teacher-steps" in done.stdout and "T_student" in done.stdout
     assert "diffusers" not in done.stderr
 
 

@@ -424,20 +424,6 @@ def test_sampling_timesteps_must_fall(timesteps):
         network.sample(torch.zeros(1, 1, 2, 2), None, timesteps=timesteps)
 
 
-@pytest.mark.parametrize("share, expected", [(None, [0.25] * 4), (0.7, [0.1, 0.1, 0.1, 0.7]), (1.0, [0, 0, 0, 1])])
-def test_student_timesteps_are_uniform_unless_the_terminal_one_has_a_share(share, expected):
-    student = Student(Denoiser(lambda x, t, cond: x, NoiseSchedule.cosine(), "x_0"), terminal_share=share)
-    s = student.draw_timesteps(40_000, generator=torch.Generator().manual_seed(0))
-    frequencies = [(s == tau).double().mean().item() for tau in student.timesteps]
-    assert frequencies == pytest.approx(expected, abs=4 * 0.5 / 40_000**0.5)  # four standard deviations at the most
-
-
-@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
-def test_terminal_share_must_be_a_share(share):
-    with pytest.raises(ValueError, match="terminal_share="):
-        Student(Denoiser(lambda x, t, cond: x, NoiseSchedule.cosine(), "x_0"), terminal_share=share)
-
-
 # Properties, for schedules and numbers that hypothesis thinks of -------------------------------------------------------
 
 BETAS = strategies.lists(strategies.floats(1e-6, 0.999), min_size=2, max_size=50).map(lambda x: torch.tensor(x, dtype=torch.float64))

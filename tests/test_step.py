@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    IMAGE,
-    TEXT,
     NoBackward,
     assert_refused,
     column,
@@ -338,22 +336,6 @@ def test_step_logs_what_it_says():
         torch.testing.assert_close(half.log[name], value.detach(), msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_an_extra_loss_is_the_students_alone():
-    """With the learning rate of plain descent, its gradient is what the student has moved by more; the heads see nothing."""
-    models = [make_add() for _ in range(2)]
-    for model, scale in zip(models, (0.0, 3.0), strict=True):
-        sgd = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (model.student.denoiser.network, model.discriminator.heads)]
-        extra = scale * sum(p.sum() for p in model.student.denoiser.network.parameters()) if scale else 0.0
-        model.step(make_batch(), *sgd, generator(), extra)
-    plain, more = ([*m.student.denoiser.network.parameters()] for m in models)
-    assert all(torch.allclose(p - q, torch.full_like(p, 3.0)) for p, q in zip(plain, more, strict=True))
-    assert same_weights(*(m.discriminator.heads for m in models))
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
 def test_a_step_is_deterministic_under_its_generator():
     batch = make_batch()
     losses = []
@@ -500,23 +482,6 @@ def test_c_img_is_zero_at_tau_n_for_fakes_and_for_their_real_partners():
     assert len(told) == 3
     for c_text, c_img in told:
         assert torch.equal(c_text, batch.c_text) and torch.equal(c_img, half.c_img)
-
-
-@pytest.mark.parametrize("with_text", [True, False])
-def test_heads_may_be_told_s_beside_the_text(with_text):
-    """condition_on_s: c_text, then a 1 at s's place in T_student; the same for the fakes and for their real partners."""
-    model, batch = make_add(condition_on_s=True), make_batch(32)
-    text = TEXT if with_text else 0
-    model.discriminator.heads = type(model.discriminator.heads)([4, 6], text_dim=text + 4, image_dim=IMAGE, hidden=5).double()
-    batch.c_text = batch.c_text if with_text else None
-    told, heads = [], model.discriminator.heads.forward
-    model.discriminator.heads.forward = lambda *inputs: told.append(inputs[1]) or heads(*inputs)
-    half = model.step(batch, *optimizers(model), generator())
-    assert half.s.unique().tolist() == [249, 499, 749, 999] and len(told) == 3
-    for c in told:
-        assert c.shape == (32, text + 4) and (not with_text or torch.equal(c[:, :TEXT], batch.c_text))
-        assert c[:, text:].argmax(1).tolist() == [[249, 499, 749, 999].index(s) for s in half.s]
-        assert (c[:, text:].sum(1) == 1).all() and (c[:, text:] >= 0).all()
 
 
 def test_a_step_without_conditions():

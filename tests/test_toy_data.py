@@ -119,6 +119,18 @@ def test_batches_resume_exactly(done, tmp_path):
     assert take(resumed, 8) == expected
 
 
+def test_batches_mirror_half_of_the_images_if_asked_also_when_resumed():
+    images, labels = torch.rand(4000, 1, 2, 3), torch.arange(4000)
+    batches, resumed = (Batches(images, labels, 1000, seed, flip=True) for seed in (0, 9))
+    seen, of = (torch.cat(x) for x in zip(*(next(batches) for _ in range(4)), strict=True))
+    mirrored = (seen != images[of]).flatten(1).any(1)
+    assert torch.equal(seen[mirrored], images[of][mirrored].flip(3)) and abs(mirrored.sum() - 2000) < 5 * 1000**0.5
+    next(batches)  # into the second epoch
+    resumed.load_state_dict(batches.state_dict())
+    for _ in range(4):
+        assert all(map(torch.equal, next(batches), next(resumed)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Glyphs
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import nn
 
-from add import Denoiser, NoiseSchedule, Student, ddim
+from add import ADD, Denoiser, Discriminator, DiscriminatorHeads, NoiseSchedule, Student, ddim
 from checkpoints import read
 from flags import from_dict
 from toy import features as toy_features
 from toy.data import Batches, Dataset
-from toy.loop import CLOCKED, GeneratorState, TrainingError, read_log, run_loop, warm_up_then_decay
+from toy.distil import distil, make_student
+from toy.loop import CLOCKED, GeneratorState, TrainingError, make_ema, read_log, run_loop, warm_up_then_decay
 from toy.metrics import coverage_of, frechet_distance, within_class_variance
-from toy.networks import MetricNet, UNet, ViT, has_bf16
+from toy.networks import MetricNet, ResidualBlock, UNet, ViT, has_bf16
+from toy.report import goals
 from toy.samplers import dpm_solver, sample_student, sample_teacher, trailing_timesteps
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.teacher import Standardize, make_denoiser, training_target
@@ -181,6 +183,17 @@ def test_learning_rate_rises_stays_and_falls():
     assert factors == pytest.approx([0.02, 0.5, 1, 1, 0.5, 0.02])
 
 
+def test_an_average_forgets_half_in_its_half_life():
+    network = nn.Linear(1, 1)
+    nn.init.ones_(network.weight)
+    ema = make_ema(network, batch=12, half_life=300)
+    ema.update_parameters(network)  # the first is a copy
+    nn.init.zeros_(network.weight)
+    for _ in range(300 // 12):
+        ema.update_parameters(network)
+    assert ema.module.weight.item() == pytest.approx(0.5)
+
+
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -191,18 +204,15 @@ def key(stage, **changes):
 @pytest.mark.parametrize(
     "change, stages_done_again",
     [
-        (dict(teacher_lr=1.0), {"teacher", "pairs", "start", "distil", "eval"}),
-        (dict(precision="bf16"), {"teacher", "pairs", "start", "distil", "eval"}),
-        (dict(pairs_guidance=9.0), {"pairs", "start", "distil", "eval"}),
-        (dict(start_lr=9.0), {"start", "distil", "eval"}),
-        (dict(start_terminal_share=0.5), {"start", "distil", "eval"}),
-        (dict(distil_terminal_share=0.5), {"distil", "eval"}),
-        (dict(distil_timesteps=(9, 99)), {"start", "distil", "eval"}),
+        (dict(teacher_lr=1.0), {"teacher", "distil", "eval"}),
+        (dict(precision="bf16"), {"teacher", "distil", "eval"}),
+        (dict(flip="true"), {"teacher", "distil", "eval"}),
+        (dict(distil_timesteps=(9, 99)), {"distil", "eval"}),
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),
         (dict(distil_gamma=1.0), {"distil", "eval"}),
         (dict(eval_images=99), {"eval"}),
-        (dict(seed=9), {"data", "metric", "features", "teacher", "pairs", "start", "distil", "eval"}),
+        (dict(seed=9), {"data", "metric", "features", "teacher", "distil", "eval"}),
         (dict(data_dir="elsewhere"), set()),
     ],
 )
@@ -250,6 +260,17 @@ def test_unet_depends_on_time_and_label_once_trained_and_starts_at_zero():
     assert (network(x, t, label.flip(0)) - out).abs().max() > 1e-3
 
 
+def test_what_a_unet_encodes_is_what_its_residual_blocks_give_on_the_way_down():
+    network, seen = make_teacher(blocks=2).network, []
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            block.register_forward_hook(lambda block, inputs, output: seen.append(output))
+    inputs = torch.randn(2, 1, 16, 16), torch.tensor([5, 500]), torch.tensor([0, 3])
+    network(*inputs)  # five blocks down, four up
+    assert [x.shape[1:] for x in seen[:5]] == [(8, 8, 8)] * 2 + [(16, 4, 4)] * 3
+    assert all(map(torch.equal, network.encode(*inputs), seen[:5])) and len(seen) == 9 + 5
+
+
 @pytest.mark.parametrize("bf16, inside", [(False, torch.float32), (True, torch.bfloat16)])
 def test_unet_multiplies_in_bfloat16_if_asked_and_keeps_weights_and_results_in_float32(bf16, inside):
     torch.manual_seed(0)
@@ -294,17 +315,16 @@ def test_patches_are_what_the_tokens_embed():
 
 
 @pytest.mark.parametrize(
-    "objective, losses, noisy",
-    [("classify", {"class"}, 0), ("summarize", {"class", "rebuild"}, 0), ("denoise", {"class", "rebuild", "patch"}, 30)],
+    "kind, losses, noisy", [("classifier", {"class"}, 0), ("denoiser", {"class", "rebuild", "patch"}, 30)]
 )
-def test_features_learn_what_their_objective_says(tmp_path, monkeypatch, objective, losses, noisy):
-    """Every loss of the objective falls, on images that are noisy for "denoise" alone."""
-    seen, noise = [], toy_features.augment_noise
-    monkeypatch.setattr(toy_features, "augment_noise", lambda *a: seen.append(a) or noise(*a))
+def test_a_vit_learns_what_it_is_called_after(tmp_path, monkeypatch, kind, losses, noisy):
+    """Every loss falls, on images that are noisy for a "denoiser" alone."""
+    seen, noise = [], toy_features.add_noise
+    monkeypatch.setattr(toy_features, "add_noise", lambda *a: seen.append(a) or noise(*a))
     labels = torch.arange(64) % 2
     images = (torch.tensor([20, 230])[labels].view(-1, 1, 1, 1) + torch.randint(20, (64, 1, 8, 8))).to(torch.uint8)
     data = Dataset("two greys", images, labels, images, labels, ("dark", "bright"))
-    own = dict(features_objective=objective, features_steps=30, features_width=16, features_depth=1)
+    own = dict(features=kind, features_steps=30, features_width=16, features_depth=1)
     vit, _ = toy_features.train_vit(tmp_path, data, Settings(**own), torch.device("cpu"), "key")
     rows = rows_of(tmp_path / "log.csv")
     assert rows[0].keys() - {"step", "nonfinite"} == losses and len(seen) == noisy
@@ -316,9 +336,82 @@ def test_vit_gives_a_map_for_the_embedding_and_each_block_with_the_class_token_r
     torch.manual_seed(0)
     vit, images = ViT(1, 8, patch=4, width=16, depth=2, heads=2), torch.randn(3, 1, 8, 8)
     maps, states = vit(images), vit.states(images)
-    assert [m.shape for m in maps] == [(3, 4, 16)] * 3 == [(3, 4, 16)] * vit.levels
+    assert [m.shape for m in maps] == [(3, 4, 16)] * 3 and vit.channels == [16] * 3
     torch.testing.assert_close(maps[-1], states[-1][:, 1:] + states[-1][:, :1])
     torch.testing.assert_close(vit.summary(images), states[-1][:, 0])
+
+
+def make_teacher(**more):
+    """A teacher of three classes whose every part has a say."""
+    own = {"teacher_widths": (8, 16), "precision": "fp32"} | {f"teacher_{k}": v for k, v in more.items()}
+    torch.manual_seed(0)
+    teacher = make_denoiser(1, 3, Settings(**own), Standardize(-0.5, 0.7))
+    for p in teacher.parameters():
+        nn.init.normal_(p, std=0.2)
+    return teacher
+
+
+def test_the_teachers_encoder_gives_its_maps_of_the_diffused_image_and_passes_gradient_but_has_none():
+    encoder = toy_features.TeacherEncoder(make_teacher(dropout=0.5).train(), seed=7)
+    discriminator = Discriminator(encoder, DiscriminatorHeads(encoder.channels, hidden=8)).train()
+    assert not any(m.training for m in encoder.modules()) and not any(p.requires_grad for p in encoder.parameters())
+    images, network, schedule = torch.rand(3, 1, 16, 16), encoder.teacher.network, encoder.teacher.schedule
+    tokens, g, nobody = discriminator.tokens(images.requires_grad_()), torch.Generator().manual_seed(9), torch.full((3,), 3)
+    assert [x.shape for x in tokens] == [(3, 64, 8), (3, 16, 16), (3, 16, 16)] and encoder.channels == [8, 16, 16]
+    t, z = torch.randint(600, (3,), generator=g), (images + 0.5) / 0.7
+    maps = network.encode(schedule.diffuse(z, torch.randn(z.shape, generator=g), t), t, nobody)
+    for x, expected in zip(tokens, maps, strict=True):
+        torch.testing.assert_close(x, expected.flatten(2).mT)
+        assert torch.autograd.grad(x.square().sum(), images, retain_graph=True)[0].abs().amax((1, 2, 3)).min() > 0
+    clean = network.encode(schedule.alpha[0] * z, torch.zeros(3), nobody)[-1]
+    torch.testing.assert_close(encoder.summary(images), clean.mean((2, 3)))
+
+
+def test_the_encoders_draws_are_its_own_generators_and_spread_over_t_below_600():
+    encoder, images = toy_features.TeacherEncoder(make_teacher(), seed=0), torch.rand(8, 1, 4, 4)
+    state, adds, seen = encoder.generator.get_state(), torch.Generator().manual_seed(1), []
+    for seed in (1, 2, 3):
+        if seed < 3:
+            encoder.generator.set_state(state)
+        torch.manual_seed(seed)
+        seen.append(Discriminator(encoder, nn.ModuleList()).tokens(images, adds.manual_seed(seed)))
+        assert torch.rand(1, generator=adds) == torch.rand(1)  # neither has been drawn from
+    assert all(map(torch.equal, seen[0], seen[1])) and not any(map(torch.equal, seen[1], seen[2]))
+    drawn, diffuse = [], encoder.teacher.schedule.diffuse
+    encoder.teacher.schedule.diffuse = lambda x, noise, t: drawn.append(t) or diffuse(x, noise, t)
+    encoder(torch.zeros(8000, 1, 4, 4))
+    assert drawn[0].unique().tolist() == list(range(600))  # 600 e^(-8000 / 600) = 0.001 would be missed
+
+
+def test_the_student_starts_as_the_teacher_without_its_dropout():
+    teacher = make_teacher(dropout=0.5).requires_grad_(False)
+    student = make_student(teacher, Settings()).train()
+    inputs = torch.randn(2, 1, 16, 16), torch.tensor([249, 999]), torch.tensor([0, 3])
+    assert torch.equal(student(*inputs), teacher.eval()(*inputs)[0])
+    assert all(p.requires_grad for p in student.parameters())
+    assert (teacher.train()(*inputs)[0] - student(*inputs)).abs().max() > 1e-3  # the teacher has kept its own
+
+
+def test_add_is_given_the_batches_as_they_come_mirrored_if_asked(tmp_path, monkeypatch):
+    images, labels, seen, step = torch.rand(16, 1, 8, 8), torch.arange(16) % 3, [], ADD.step
+    monkeypatch.setattr(ADD, "step", lambda self, batch, *rest: seen.append(batch) or step(self, batch, *rest))
+    own = Settings(flip="true", distil_steps=3, distil_batch=6, distil_head_width=8, precision="fp32")
+    data, teacher = Dataset("noise", images, labels, images, labels, ("a", "b", "c")), make_teacher()
+    distil(tmp_path, data, own, teacher, toy_features.TeacherEncoder(teacher, 0), torch.device("cpu"), "key")
+    for batch, (x_0, label) in zip(seen, Batches(images, labels, 6, own.seed + 4, flip=True), strict=False):
+        assert torch.equal(batch.x_0, x_0) and torch.equal(batch.cond, label)
+    assert len(seen) == 3
+
+
+def test_goals_by_hand():
+    """Held against the teacher's row at its most steps and its best guidance."""
+    names = "steps guidance fd accuracy precision recall variance_pixels variance_features".split()
+    teacher = [[4, 2, *[9] * 6], [50, 1, *[9] * 6], [50, 2, 4, 0.9, 0.9, 0.8, 2, 5]]
+    student = [[k, 1, fd, 0.98, 0.88, 0.6, 1.6, 4.5] for k, fd in ((1, 2), (2, 3), (4, 3.6))]
+    teacher, student = ([dict(zip(names, row, strict=True)) for row in rows] for rows in (teacher, student))
+    rows = goals({"teacher": teacher, "best_guidance": 2, "student": student}, "long")
+    assert [value for _, value, *_ in rows] == pytest.approx([0.5, 0.75, 0.9, 1.2, 0.98, 0.98, -0.02, 0.75, 0.8, 0.9])
+    assert [met for *_, met in rows] == [True] + [False] * 8 + [True]
 
 
 def test_standardize_gives_mean_0_and_deviation_1_and_inverts():
@@ -334,37 +427,6 @@ def test_standardize_gives_mean_0_and_deviation_1_and_inverts():
 
 def test_teacher_timesteps_trail():
     assert trailing_timesteps(1000, 4) == [999, 749, 499, 249] and trailing_timesteps(1000, 50)[-1] == 19
-
-
-@pytest.mark.parametrize("schedule", [NoiseSchedule.scaled_linear(), NoiseSchedule.cosine().zero_terminal_snr()])
-def test_dpm_solver_is_of_second_order_where_ddim_is_of_first(schedule):
-    """Data of deviation 2: E[x_0 | x_t] is linear in x_t, and the exact sampler ends at a noise's multiple. With steps half
-    as long DDIM's error is halved, the solver's quartered."""
-    schedule, variance, z = schedule.double(), 4.0, torch.ones(1, 1, 1, 1, dtype=torch.float64)
-
-    class Ideal(nn.Module):
-        def forward(self, x_t, t, cond):
-            alpha, sigma = schedule.coefficients(t)
-            return alpha * variance / (alpha**2 * variance + sigma**2) * x_t
-
-    denoiser = Denoiser(Ideal(), schedule, "x_0")
-    ratio, first, last = (schedule.alpha / schedule.sigma).log(), 800, 300
-
-    def timesteps(n):  # long and short steps in turn, 3 : 1 in λ: extrapolation as between equal ones is of first order
-        share = torch.tensor([0.0] + [1.5, 0.5] * (n // 2)).cumsum(0) / n
-        return [(ratio - (ratio[first] + (ratio[last] - ratio[first]) * x)).abs().argmin()[None] for x in share]
-
-    def deviation(t):
-        return (schedule.alpha[t] ** 2 * variance + schedule.sigma[t] ** 2).sqrt()
-
-    exact = schedule.alpha[last] * variance / deviation(last) / deviation(first)  # x̂_0 of the exact x at the last timestep
-
-    def gain(sampler):
-        errors = [(sampler(denoiser, z, timesteps(n), None) - exact).abs().item() for n in (12, 24)]
-        return errors[0] / errors[1]
-
-    assert gain(ddim) == pytest.approx(2, rel=0.25)
-    assert gain(dpm_solver) == pytest.approx(4, rel=0.25)
 
 
 def test_dpm_solvers_third_step_as_the_paper_writes_it():
@@ -442,7 +504,7 @@ def test_dinov2_reads_the_embedding_and_blocks_2_5_8_11(monkeypatch):
     maps = network(images)
     assert network.network.seen.shape == (2, 3, 112, 112)
     torch.testing.assert_close(network.network.seen[0, :, 0, 0], torch.tensor([0.0655, 0.1964, 0.4178]), atol=1e-3, rtol=0)
-    assert [m.shape for m in maps] == [(2, 64, 384)] * 5 and len(maps) == network.levels
+    assert [m.shape for m in maps] == [(2, 64, 384)] * 5 and network.channels == [384] * 5
     steps = [(m - maps[0]).mean().item() for m in maps]  # the class token is added: each block counts twice
     assert steps == pytest.approx([0, 6, 12, 18, 24])
     assert network.summary(images).shape == (2, 384)
@@ -453,6 +515,6 @@ def test_dinov2_without_a_network_says_what_to_do(monkeypatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(torch.hub, "load", fail)
-    with pytest.raises(ValueError, match=r"--features dinov2.*no route to host.*--features trained") as error:
+    with pytest.raises(ValueError, match=r"--features dinov2.*no route to host.*--features teacher") as error:
         toy_features.DinoV2()
     assert "\n" not in str(error.value)

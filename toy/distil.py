@@ -48,13 +48,14 @@ def build_add(student, teacher, features, classes, settings, device):
 
 def make_batch(images, labels, features, classes, settings):
     """add.Batch of labelled images: the class is the denoisers' condition, and one-hot the heads' c_text; F's summary of
-    x_0 is their c_img. Both have norm √classes, so that the heads hear one as well as the other."""
-    null, norm = torch.full_like(labels, classes), classes**0.5
-    c_text = norm * F.one_hot(labels, classes).float() if settings.distil_c_text else None
+    x_0 is their c_img, of norm 1. c_text has norm √classes: c_img tells the class, too, but not at τ_n, where it is zero,
+    and heads that hear it louder than c_text neglect the class there."""
+    null = torch.full_like(labels, classes)
+    c_text = classes**0.5 * F.one_hot(labels, classes).float() if settings.distil_c_text else None
     c_img = None
     if settings.distil_c_img:
         with torch.no_grad():
-            c_img = norm * F.normalize(features.summary(images), dim=1)
+            c_img = F.normalize(features.summary(images), dim=1)
     # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above the threshold.
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 

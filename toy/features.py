@@ -21,7 +21,8 @@ class TeacherEncoder(nn.Module):
     """The frozen teacher's down path and middle on diffused images, as in LADD (Sauer et al. 2024) and DMD2.
 
     Images are diffused to t drawn uniformly from 0…599, each to its own, and get the empty condition. The draws have a
-    generator of their own, which a resumed run restores.
+    generator of their own, which a resumed run restores. Maps of the finest resolution are folded 2×2 into channels: as
+    they are, their heads would cost more than all the others together, and without them one step is softer.
     """
 
     T_MAX = 600  # of 1000: beyond, little of an image is left to judge
@@ -30,7 +31,9 @@ class TeacherEncoder(nn.Module):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
         self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
-        self.channels = [b.conv2.out_channels for b in (*network.down, *network.middle) if isinstance(b, ResidualBlock)]
+        channels = [b.conv2.out_channels for b in (*network.down, *network.middle) if isinstance(b, ResidualBlock)]
+        self.finest = network.blocks  # how many maps have the finest resolution
+        self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
         self.width = self.channels[-1]
 
     def _maps(self, images, noise, t):
@@ -40,7 +43,9 @@ class TeacherEncoder(nn.Module):
     def forward(self, images):
         t = torch.randint(self.T_MAX, (len(images),), device=images.device, generator=self.generator)
         noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=self.generator)
-        return [rearrange(x, "b c h w -> b (h w) c") for x in self._maps(images, noise, t)]
+        maps = self._maps(images, noise, t)
+        maps[: self.finest] = [F.pixel_unshuffle(x, 2) for x in maps[: self.finest]]
+        return [rearrange(x, "b c h w -> b (h w) c") for x in maps]
 
     def summary(self, images):
         """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B, width)."""

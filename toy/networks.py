@@ -82,7 +82,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False, dropout=0.0):
         super().__init__()
-        self.patch, self.classes, self.bf16, embedding = patch, classes, bf16, 4 * widths[0]
+        self.patch, self.classes, self.blocks, self.bf16, embedding = patch, classes, blocks, bf16, 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding)
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
