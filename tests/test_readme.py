@@ -1,5 +1,6 @@
 """The README holds what results/ holds, and what the pages name is there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from results.keep import KEPT, RESULTS, fill, keep, main, summary_row, table
+from results.keep import KEPT, RESULTS, fill, keep, main, seeds_of, summary, table
 
 ROOT = RESULTS.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +42,8 @@ A word on data.
 def test_the_tables_are_those_of_the_reports():
     assert fill(README) == README, "python results/keep.py brings README.md up to date"
     kept = {folder.name for folder in RESULTS.iterdir() if (folder / "report.md").exists()}
-    assert kept == set(re.search("<!-- summary: (.*?) -->", README)[1].split())
+    groups = re.search("<!-- summary: (.*?) -->", README)[1].split()
+    assert kept == {name for group in groups for name in seeds_of(group)}
 
 
 @pytest.mark.parametrize("page", ["README.md", "toy/README.md", "toy/experiments.md", "full/README.md"])
@@ -75,7 +77,7 @@ def elsewhere(tmp_path, monkeypatch):
     """A results folder of the test's own."""
     monkeypatch.setattr("results.keep.RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text("<!-- summary: x -->\nold\n<!-- end -->\nprose\n")
+    (tmp_path / "README.md").write_text("<!-- report: x -->\nold\n<!-- end -->\nprose\n")
     return tmp_path
 
 
@@ -99,10 +101,28 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
     assert (elsewhere / "results/x/report.md").read_text() == REPORT.replace("COMMAND", command)
     assert (elsewhere / "results/x/config.json").read_text() == '{"dataset": "mnist", "data_dir": "DIR", "seed": 3}'
     assert (elsewhere / "results/x/cost.png").read_bytes() == b"\x89 /home/me/data"
-    row = f"| [x](results/x/report.md): `{command}`, seed 3 | **1.1 (≤ 1)** | 0.97 (≥ 0.95) | 1.5 | abc1234 |"
     readme = (elsewhere / "README.md").read_text()
-    assert summary_row("x") == row and row in readme and "old" not in readme and readme.endswith("<!-- end -->\nprose\n")
+    assert "old" not in readme and readme.endswith("| teacher | 50 |\n<!-- end -->\nprose\n")
     assert table("x", "Figures").splitlines() == ["| | steps |", "|---|---|", "| teacher | 50 |"]
+
+
+def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):
+    def row(fd, accuracy, steps):
+        return dict(fd=fd, accuracy=accuracy, precision=0.9, recall=0.8, variance_pixels=1.0, variance_features=1.0, guidance=2.0, steps=steps)
+
+    for seed, one in (("x-seed0", 7.0), ("x-seed1", 8.5)):
+        folder = elsewhere / "results" / seed
+        folder.mkdir()
+        students = [row(one, 0.99, 1), row(6.0, 0.99, 2), row(6.3, 0.97, 4)]
+        results = {"teacher": [row(10.0, 0.99, 50)], "best_guidance": 2.0, "student": students}
+        (folder / "results.json").write_text(json.dumps({"results": results}))
+        (folder / "config.json").write_text('{"preset": "cpu"}')
+        (folder / "report.md").write_text(REPORT)
+    head, _, line = summary(["x"])
+    assert head.startswith("| run | seeds | distance, one step, × (≤ 0.8) | distance, 2 steps, × (≤ 0.7) |")
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["[x](results/x-seed0/report.md)", "2", "0.775 (0.700 to 0.850)", "0.600 (0.600 to 0.600)"]
+    assert cells[7] == "**0.970 (0.970 to 0.970)**" and cells[-1] == "2"  # accuracy in four steps; minutes
 
 
 def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):

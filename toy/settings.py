@@ -89,7 +89,7 @@ class Settings:
             raise ValueError("--teacher-zero-snr true: not with --teacher-prediction epsilon, whose x_0 is singular there; take v or x_0")
         if self.distil_weight == "nfsd" and self.distil_teacher_steps != 1:
             raise ValueError(f"--distil-teacher-steps {self.distil_teacher_steps}: must be 1 with --distil-weight nfsd")
-        least = 2 ** len(self.teacher_widths)
+        least = 2 ** max(2, len(self.teacher_widths))  # the teacher's encoder, as F, folds its finest maps once more
         if self.size % least or any(width % 8 for width in self.teacher_widths):
             raise ValueError(
                 f"--teacher-widths {show(self.teacher_widths)}: each must be a multiple of 8, and --size {self.size} one of "
