@@ -357,11 +357,12 @@ def test_the_teachers_encoder_gives_its_maps_of_the_diffused_image_and_passes_gr
     assert not any(m.training for m in encoder.modules()) and not any(p.requires_grad for p in encoder.parameters())
     images, network, schedule = torch.rand(3, 1, 16, 16), encoder.teacher.network, encoder.teacher.schedule
     tokens, g, nobody = discriminator.tokens(images.requires_grad_()), torch.Generator().manual_seed(9), torch.full((3,), 3)
-    assert [x.shape for x in tokens] == [(3, 64, 8), (3, 16, 16), (3, 16, 16)] and encoder.channels == [8, 16, 16]
+    assert [x.shape for x in tokens] == [(3, 16, 32), (3, 16, 16), (3, 16, 16)] and encoder.channels == [32, 16, 16]
     t, z = torch.randint(600, (3,), generator=g), (images + 0.5) / 0.7
     maps = network.encode(schedule.diffuse(z, torch.randn(z.shape, generator=g), t), t, nobody)
-    for x, expected in zip(tokens, maps, strict=True):
-        torch.testing.assert_close(x, expected.flatten(2).mT)
+    folded = maps[0].reshape(3, 8, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(3, 16, 32)  # 2x2 positions are one token
+    for x, expected in zip(tokens, [folded, *(m.flatten(2).mT for m in maps[1:])], strict=True):
+        torch.testing.assert_close(x, expected)
         assert torch.autograd.grad(x.square().sum(), images, retain_graph=True)[0].abs().amax((1, 2, 3)).min() > 0
     clean = network.encode(schedule.alpha[0] * z, torch.zeros(3), nobody)[-1]
     torch.testing.assert_close(encoder.summary(images), clean.mean((2, 3)))
