@@ -14,7 +14,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
-from toy.report import goals
+from toy.report import goals, meets
 
 KEPT = ("report.md", "results.json", "config.json", "comparison.png", "refinement.png", "targets.png", "cost.png", "curves.png")
 PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind the command
@@ -68,9 +68,8 @@ def summary(groups):
         for same in zip(*measured, strict=True):
             values, goal = [value for _, value, _, _ in same], same[0][2]
             mean = sum(values) / len(values)
-            met = mean <= float(goal[2:]) if goal[0] == "≤" else mean >= float(goal[2:])
             text = f"{mean:.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
-            row.append(text if met else f"**{text}**")
+            row.append(text if meets(mean, goal) else f"**{text}**")
         lines.append("| " + " | ".join([*row, f"{sum(minutes) / len(minutes):.0f}"]) + " |")
     return lines
 

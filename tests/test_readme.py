@@ -69,7 +69,7 @@ def test_flags_of_the_toy_exist():
         for span in spans:
             if span.startswith(("--", "python toy/run.py")) or "&& python toy/run.py" in span:
                 used |= {word.partition("=")[0] for word in shlex.split(span) if word.startswith("--")}
-    assert len(used) > 8 and used - known <= {"--backbone"}  # of full/run.py
+    assert len(used) > 15 and used - known <= {"--backbone"}  # of full/run.py
 
 
 @pytest.fixture

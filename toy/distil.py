@@ -22,7 +22,7 @@ def make_student(teacher, settings):
     denoiser = copy.deepcopy(teacher).requires_grad_(True)
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # it held a long training off the data by heart; ADD's images never repeat
+            module.p = 0.0  # it keeps a long training from overfitting; here it would only add noise to x_hat
     return Student(denoiser, settings.distil_timesteps)
 
 
@@ -47,9 +47,9 @@ def build_add(student, teacher, features, classes, settings, device):
 
 
 def make_batch(images, labels, features, classes, settings):
-    """add.Batch of labelled images: the class is the denoisers' condition, and one-hot the heads' c_text; F's summary of
-    x_0 is their c_img, of norm 1. c_text has norm √classes: c_img tells the class, too, but not at τ_n, where it is zero,
-    and heads that hear it louder than c_text neglect the class there."""
+    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text, one-hot times √classes,
+    and F's summary of x_0 as c_img, of norm 1. A louder c_img, which tells the class too, makes heads neglect c_text, and
+    with it the class at τ_n, where c_img is zero."""
     null = torch.full_like(labels, classes)
     c_text = classes**0.5 * F.one_hot(labels, classes).float() if settings.distil_c_text else None
     c_img = None

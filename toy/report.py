@@ -39,6 +39,12 @@ def best_teacher(results):
     return max(rows, key=lambda row: row["steps"])
 
 
+def meets(value, goal):
+    """Whether a value meets a goal such as "≤ 0.8"."""
+    sign, limit = goal.split()
+    return value <= float(limit) if sign == "≤" else value >= float(limit)
+
+
 def goals(results, preset):
     """[(what, value, goal, met)] for the student against its teacher, whose figures × divides by."""
     teacher, goal = best_teacher(results), GOALS.get(preset, GOALS["cpu"])
@@ -60,7 +66,7 @@ def goals(results, preset):
         ("within-class variance of pixels, one step, ×", ratio(one, "variance_pixels"), goal["variance"], "≥"),
         ("within-class variance of features, one step, ×", ratio(one, "variance_features"), goal["variance"], "≥"),
     ]
-    return [(what, v, f"{sign} {g:g}", v <= g if sign == "≤" else v >= g) for what, v, g, sign in rows]
+    return [(what, v, f"{sign} {g:g}", meets(v, f"{sign} {g:g}")) for what, v, g, sign in rows]
 
 
 def table(results):
