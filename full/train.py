@@ -48,9 +48,9 @@ class TrainingError(Exception):
 
 
 def make_accelerator(settings, folder):
-    """accelerate's Accelerator. TrainingError where bf16 or the processes asked for are not to be had."""
+    """accelerate's Accelerator. TrainingError where the processes asked for are not to be had."""
     if settings.precision == "bf16" and not torch.cuda.is_available():
-        raise TrainingError("--precision bf16: needs a CUDA GPU, and none is here; --precision fp32 runs anywhere, slowly")
+        print("--precision bf16: without a CUDA GPU this is slow, on most processors slower than --precision fp32", file=sys.stderr)
     torch.set_float32_matmul_precision("high")  # TF32 where arithmetic is float32: heads, the U-Net's last layer
     torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
@@ -260,7 +260,7 @@ class Trainer:
         if self.sharded:
             options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
             return dcp.get_model_state_dict(self.network, options=options)
-        unwrapped = self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+        unwrapped = self.accelerator.unwrap_model(self.network, keep_torch_compile=False)
         return {k: p.detach().to("cpu", copy=True) for k, p in unwrapped.named_parameters() if p.requires_grad}
 
     def load_network_state(self, state):
@@ -269,7 +269,7 @@ class Trainer:
             options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
             dcp.set_model_state_dict(self.network, state, options=options)
         else:
-            unwrapped = self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+            unwrapped = self.accelerator.unwrap_model(self.network, keep_torch_compile=False)
             unwrapped.load_state_dict(state, strict=False)
 
     def _optimizer_options(self):
