@@ -55,7 +55,7 @@ def write_backbone(name, folder):
     pipe.to(dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def write_text_tower(folder, tower=TEXT_TOWER, width=1024):
+def write_text_tower(folder, tower, width):
     """A folder that open_clip reads as local-dir, with the text tower in full and a token of a vision tower."""
     import open_clip
 
@@ -76,7 +76,7 @@ def main(argv=None):
     write_backbone(arguments.backbone, arguments.folder / arguments.backbone)
     for name in ("dinov2-s", "dinov2-l"):
         AutoModel.from_config(VITS[name]).save_pretrained(arguments.folder / name)
-    write_text_tower(arguments.folder / "ViT-g-14")
+    write_text_tower(arguments.folder / "ViT-g-14", TEXT_TOWER, width=1024)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import pytest
 import tiny_checkpoints as tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from transformers import Dinov2Config
 
 from add import Student, ddim
+from full import random_weights
 from full.backbones import Backbone, make_student_denoiser, make_teacher, same_latents
+from full.features import TextFeatures, load_vit
 from full.settings import Settings
 
 CPU, T = torch.device("cpu"), torch.tensor([0, 1, 249, 499, 749, 998, 999])
@@ -120,3 +123,23 @@ def test_latents_are_shared_with_a_copy_and_with_no_other(backbone, tmp_path):
     assert same_latents(backbone, backbone)
     assert not same_latents(copy, other)
     assert same_latents(copy, Backbone(str(tiny.write_sd(tmp_path / "again", seed=0)), torch.float32, CPU))
+
+
+def test_random_weights_are_a_checkpoint_of_the_sizes_named(tmp_path, monkeypatch):
+    """The real sizes take gigabytes: small ones stand in for them, and the loading code is the real one."""
+    tiny_unet = dict(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vit = Dinov2Config(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
+    monkeypatch.setattr(random_weights, "UNETS", {"sd21": tiny_unet})
+    monkeypatch.setattr(random_weights, "TEXT_ENCODERS", {"sd21": [(32, 2, 2, "gelu")]})
+    monkeypatch.setattr(random_weights, "VITS", {"dinov2-s": vit, "dinov2-l": vit})
+    monkeypatch.setattr(random_weights, "VAE", random_weights.VAE | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
+    monkeypatch.setattr(random_weights, "TEXT_TOWER", {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1})
+    random_weights.main(["sd21", str(tmp_path)])
+    backbone = Backbone(str(tmp_path / "sd21"), torch.float32, CPU)
+    assert backbone.pipe.unet.config.block_out_channels == [16, 32] and backbone.prediction == "epsilon"
+    assert backbone.text(["a", "b"])["encoder_hidden_states"].shape == (2, 77, 32)
+    assert len(load_vit(str(tmp_path / "dinov2-l"), torch.float32, "c-img").encoder.layer) == 4
+    assert TextFeatures(str(tmp_path / "ViT-g-14"), torch.float32, CPU).width == 1024

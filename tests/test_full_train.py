@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoPipelineForText2Image
 
 from add import Student
@@ -18,6 +19,7 @@ from flags import from_dict
 from full import run, sample
 from full.backbones import Backbone, make_student_denoiser
 from full.settings import Settings
+from full.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,11 +167,38 @@ def test_sample_writes_images_and_says_what_they_show(checkpoints, tmp_path):
     assert (tmp_path / "i2i" / "0000.png").read_bytes() not in first
 
 
+@pytest.fixture
+def another_precision():
+    """accelerate keeps the first precision that a process asks for: forget it, before and after."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("another_precision")
+def test_bf16_survives_checkpoints_and_resume(checkpoints, tmp_path, monkeypatch, capsys):
+    """What a student's middle block gives, in every iteration before and after a save and after --resume."""
+    iteration, seen = Trainer.iteration, {}
+
+    def watched(trainer, batches):
+        hook = trainer.network.unet.mid_block.register_forward_hook(lambda m, i, out: types.add(out.dtype))
+        types = seen.setdefault(trainer.step, set())
+        result = iteration(trainer, batches)
+        hook.remove()
+        return result
+
+    monkeypatch.setattr(Trainer, "iteration", watched)
+    train(checkpoints, tmp_path, precision="bf16", steps=2, save_every=1)
+    assert "--precision bf16: without a CUDA GPU" in capsys.readouterr().err
+    train(checkpoints, tmp_path, "--resume", "auto", precision="bf16", steps=4)
+    assert seen == {step: {torch.bfloat16} for step in range(4)}
+    assert {x.dtype for x in weights(tmp_path / "pipeline").values()} == {torch.float32}
+
+
 MISTAKES = {
     "wrong repository": ({"backbone": "nobody/nothing"}, ["nobody/nothing", "no diffusers pipeline"]),
     "no data": ({"data": None}, ["--data"]),
     "no such folder": ({"data": "/nowhere"}, ["--data /nowhere"]),
-    "bf16 without CUDA": ({"precision": "bf16"}, ["--precision bf16", "CUDA"]),
     "unknown choice": ({"weight": "sdss"}, ["--weight sdss", "exponential"]),
     "features": ({"features": "/nowhere"}, ["--features /nowhere"]),
     "c_text": ({"c_text": "/nowhere"}, ["--c-text /nowhere"]),

@@ -1,13 +1,11 @@
 """Tiny, randomly initialised checkpoints in the real classes and folder layouts, which the real loading code reads."""
 
-import json
 import random
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,22 +15,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
 )
 
-
-def byte_symbols():
-    """CLIP's printable stand-ins for the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-
-
-def tokenizer(pad="<|endoftext|>"):
-    symbols = byte_symbols()
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={s: i for i, s in enumerate(vocabulary)}, merges=[], pad_token=pad, model_max_length=77)
+from full.random_weights import byte_tokenizer, scheduler, write_text_tower
 
 
 def text_config(width, act="quick_gelu", projection=None):
@@ -40,13 +27,6 @@ def text_config(width, act="quick_gelu", projection=None):
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=77, vocab_size=514, bos_token_id=512, eos_token_id=513, pad_token_id=513, hidden_act=act,
         projection_dim=projection or width,
-    )  # fmt: skip
-
-
-def scheduler(prediction):
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
 
 
@@ -67,7 +47,7 @@ def write_sd(folder, prediction="epsilon", seed=0, width=32):
         attention_head_dim=8,
     )  # fmt: skip
     StableDiffusionPipeline(
-        vae=vae(seed), text_encoder=CLIPTextModel(text_config(width)).eval(), tokenizer=tokenizer(), unet=unet,
+        vae=vae(seed), text_encoder=CLIPTextModel(text_config(width)).eval(), tokenizer=byte_tokenizer(), unet=unet,
         scheduler=scheduler(prediction), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -85,7 +65,7 @@ def write_sdxl(folder, seed=0):
     StableDiffusionXLPipeline(
         vae=vae(seed + 1, 0.13025), text_encoder=CLIPTextModel(text_config(32)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(text_config(40, "gelu", 40)).eval(),
-        tokenizer=tokenizer(), tokenizer_2=tokenizer("!"), unet=unet, scheduler=scheduler("epsilon"),
+        tokenizer=byte_tokenizer(), tokenizer_2=byte_tokenizer("!"), unet=unet, scheduler=scheduler("epsilon"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -99,18 +79,8 @@ def write_dino(folder, width=24, seed=0):
 
 def write_open_clip(folder, width=16):
     """A folder that open_clip's local-dir: schema reads."""
-    import open_clip
-
-    folder.mkdir(parents=True)
-    config = {
-        "embed_dim": width,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
-    model = open_clip.model.CLIP(**config)
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    write_text_tower(folder, {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}, width)
     return folder
 
 
