@@ -120,11 +120,13 @@ def verify(path):
         raise CheckpointError(f"{path} is damaged: its checksum does not agree")
 
 
-def read(path, device="cpu"):
-    """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any other, or a torn, file."""
+def read(path, device="cpu", mmap=False, check=True):
+    """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any other, or a torn, file. With
+    mmap, tensors stay on the disk until they are used; check=False trusts a file that was verified before."""
     try:
-        verify(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        if check:
+            verify(path)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({explain(error)})") from error
 

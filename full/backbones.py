@@ -42,15 +42,13 @@ class UNet(nn.Module):
 
     def __init__(self, unet):
         super().__init__()
-        self.unet, self.dtype = unet, unet.dtype
+        self.unet = unet
         unet.conv_out.__class__ = Float32Conv2d  # the same parameters under the same names
 
     def forward(self, x_t, t, cond):
-        cond = {
-            k: {n: v.to(self.dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(self.dtype)
-            for k, c in cond.items()
-        }
-        return self.unet(x_t.to(self.dtype), t, **cond, return_dict=False)[0]
+        dtype = self.unet.conv_in.weight.dtype  # asked here: FSDP2 gathers weights in another one than it keeps
+        cond = {k: {n: v.to(dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(dtype) for k, c in cond.items()}
+        return self.unet(x_t.to(dtype), t, **cond, return_dict=False)[0]
 
 
 class Latents:

@@ -245,11 +245,11 @@ def prepare(data, draw, settings):
     width, height = image.size  # turned, perhaps
     scale = size / min(width, height)
     image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS)
+    if settings.flip and draw.random() < 0.5:  # before the crop, whose edges SDXL is told; so does diffusers' training script
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     room = image.width - size, image.height - size
     left, top = (draw.randint(0, n) if settings.random_crop else n // 2 for n in room)
     image = image.crop((left, top, left + size, top + size))
-    if settings.flip and draw.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return pil_to_tensor(image).float() / 127.5 - 1, torch.tensor([height, width, top, left, size, size])
 
 

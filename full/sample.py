@@ -63,11 +63,26 @@ def load_pipeline(kind, name, dtype, flag="--pipeline"):
     return pipe
 
 
-def call_of(pipe, folder, steps, flag="--steps"):
-    """The arguments of a student's call for `steps` network evaluations. ValueError: more than it was trained for."""
+def schedule_length(steps, strength):
+    """How many timesteps a schedule needs for its last share of `strength` to have `steps`: 1 and 0.5 → 2."""
+    n = int(steps / strength)
+    while int(n * strength) < steps:  # the share that diffusers' image-to-image pipelines take
+        n += 1
+    return n
+
+
+def call_of(pipe, folder, steps, flag="--steps", strength=1.0):
+    """The arguments of a student's call for `steps` network evaluations, of the last `strength` of its schedule.
+    ValueError: more than it was trained for."""
     trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
     if trained and steps > trained:
         raise ValueError(f"{flag} {steps}: this student was trained for 1…{trained} steps")
+    asked, steps = steps, schedule_length(steps, strength)
+    if trained and steps > trained:
+        raise ValueError(
+            f"--strength {strength:g}: this student has {trained} timesteps, of which that leaves {int(trained * strength)}, fewer "
+            f"than {flag} {asked}; use a strength of at least {asked / trained:g}"
+        )
     custom = timesteps_of(folder, steps)
     return ({"timesteps": custom} if custom else {"num_inference_steps": steps}) | {"guidance_scale": 0.0}
 
@@ -92,13 +107,14 @@ def sample(arguments):
     kind = AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image
     dtype = dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")]
     pipe = load_pipeline(kind, arguments.pipeline, dtype).to(device)
-    call = call_of(pipe, arguments.pipeline, arguments.steps)
+    strength = arguments.strength if arguments.image else 1.0
+    call = call_of(pipe, arguments.pipeline, arguments.steps, strength=strength)
     if arguments.image:
         try:
             image = Image.open(arguments.image).convert("RGB")
         except OSError as error:
             raise ValueError(f"--image {arguments.image}: cannot be read ({error})") from error
-        call |= {"image": image, "strength": arguments.strength}
+        call |= {"image": image, "strength": strength}
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -44,7 +44,7 @@ class Settings:
     gamma: float = option(1e-5, "weight of R1")
     weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
     space: str = option("pixel", "where the distillation's distance is taken: pixel, or latent", ("pixel", "latent"))
-    guidance: tuple[float, ...] = option((1.0,), "the teacher's guidance; two numbers: drawn between them", limits=(-100, 100))
+    guidance: tuple[float, ...] = option((), "the teacher's guidance; two numbers: drawn between them; none: 1, and 7.5 with --weight nfsd", limits=(-100, 100))
     teacher_steps: int = option(1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)", limits=COUNT)
 
     data: str = option("", "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), or hf:NAME")
@@ -92,6 +92,10 @@ class Settings:
             raise ValueError("--timesteps: empty; give at least one")
         if self.resolution % 8:
             raise ValueError(f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE")
+        if self.init == "random" and self.lora_rank:
+            raise ValueError(f"--lora-rank {self.lora_rank}: not with --init random, whose weights are in no checkpoint to add the adapter to")
+        if not self.guidance:  # NFSD's own: Katzir et al. 2023
+            object.__setattr__(self, "guidance", (7.5,) if self.weight == "nfsd" else (1.0,))
         if len(self.guidance) not in (1, 2):
             raise ValueError(f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between")
 

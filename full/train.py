@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
@@ -120,6 +121,7 @@ class Trainer:
             self.teacher_backbone = backbones.Backbone(settings.teacher, frozen, self.device, settings.variant)
             teacher_latents = self.teacher_backbone.load_latents(settings)
             shared = backbones.same_latents(self.backbone, self.teacher_backbone)
+            self.backbone.pipe.unet.to("meta")  # its configuration is still read; the student has weights of its own
         student = Student(backbones.make_student_denoiser(self.backbone, latents, settings), settings.timesteps)
         teacher = backbones.make_teacher(self.teacher_backbone, teacher_latents)
         if settings.compile:
@@ -137,9 +139,12 @@ class Trainer:
             except ImportError as error:
                 raise TrainingError("--optimizer adamw8bit: needs bitsandbytes; pip install bitsandbytes") from error
         optimizer = kind(trained, lr=settings.student_lr, betas=betas, weight_decay=settings.weight_decay)
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        self.sharded = plugin is not None
+        if self.sharded and settings.precision == "bf16":  # accelerate's own policy rounds ε, and averages in bfloat16
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         student.denoiser.network = self.network
-        self.sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = Ema(self.trained, settings.ema)
 
@@ -260,6 +265,8 @@ class Trainer:
         if self.sharded:
             options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
             return dcp.get_model_state_dict(self.network, options=options)
+        if not self.accelerator.is_main_process:
+            return {}
         unwrapped = self.accelerator.unwrap_model(self.network, keep_torch_compile=False)
         return {k: p.detach().to("cpu", copy=True) for k, p in unwrapped.named_parameters() if p.requires_grad}
 
@@ -343,11 +350,13 @@ class Trainer:
 
     def resume(self, where):
         """Go on from a checkpoint folder, or from the last whole one ("auto"; none there: from the start)."""
-        if where == "auto" and (where := self.last_checkpoint()) is None:
+        found = where == "auto"
+        if found and (where := self.last_checkpoint()) is None:
             return
         where, accelerator = Path(where), self.accelerator
         try:
-            state = read(where / "training.pt")
+            # One copy in memory for all processes of a machine; last_checkpoint() has verified what it found.
+            state = read(where / "training.pt", mmap=True, check=not found)
             for name, now in (("version", VERSION), ("data", self.settings.data)):
                 if state.get(name) != now:
                     raise TrainingError(f"--resume {where}: its {name} is {state.get(name)}, not {now}; start over in another --out")
@@ -406,6 +415,8 @@ class Trainer:
         """Grids of the validation prompts in 1, 2 and 4 steps with the average, and of the reconstruction targets."""
         with self.ema.swapped(), torch.no_grad():
             grids = pictures.validation(self.add.student, self.backbone, self.settings)
+        if self.sharded:  # a forward without a backward leaves the root's weights gathered: those of the average
+            self.network.reshard()
         grids["targets"] = pictures.targets(batch, half, self.add.teacher, self.settings)
         if self.accelerator.is_main_process:
             pictures.write(grids, self.folder / "pictures", self.step)

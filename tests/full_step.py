@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import add
 from flags import from_dict
@@ -55,8 +56,26 @@ def shard_on_cpu(accelerator):
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
         transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"], state_dict_type="FULL_STATE_DICT",
     )  # fmt: skip
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+
+
+def watch_types(trainer):
+    """{what: types} of the student's activations, of ε as it leaves, and of gradients that FSDP2 averages, from now on."""
+    types = {"activations": set(), "epsilon": set(), "averaged": set()}
+    unet = getattr(trainer.network, "module", trainer.network).unet  # within DDP, or not
+    unet.mid_block.register_forward_hook(lambda module, _, out: types["activations"].add(out.dtype))
+    trainer.network.register_forward_hook(lambda module, _, out: types["epsilon"].add(out.dtype))
+    reduce_scatter = DefaultReduceScatter.__call__
+
+    def watched(self, output_tensor, input_tensor, *rest, **more):
+        types["averaged"].add(input_tensor.dtype)
+        return reduce_scatter(self, output_tensor, input_tensor, *rest, **more)
+
+    DefaultReduceScatter.__call__ = watched
+    return types
 
 
 def main(mode, out, *flags):
@@ -72,7 +91,7 @@ def main(mode, out, *flags):
     add.torch = tape = Tape()
     halves = (slice(0, 8), slice(8, 16))
     rows = {"whole": (slice(0, TOTAL),), "accumulate": halves}.get(mode, halves[accelerator.process_index :][:1])
-    student_half = trainer.add.student_half
+    student_half, types = trainer.add.student_half, watch_types(trainer)
 
     for iteration in range(ITERATIONS):
         pending = list(rows)
@@ -82,7 +101,16 @@ def main(mode, out, *flags):
             return student_half(batch, generator)
 
         trainer.add.student_half = with_own_draws
-        log, _ = trainer.iteration([trainer.make_batch(raw_batch(iteration, r)) for r in rows])
+        batches = [trainer.make_batch(raw_batch(iteration, r)) for r in rows]
+        log, half = trainer.iteration(batches)
+        if iteration == 0:  # drawing with the average, here one far from the weights, must leave no trace in what follows
+            with torch.no_grad():
+                for shadow in trainer.ema.shadows:
+                    shadow.mul_(1.5)
+            add.torch = torch
+            trainer.validate(half, batches[-1])
+            add.torch = tape
+    types["parameters"] = {p.dtype for p in trainer.trained}
     log = {k: accelerator.reduce(v, "mean") for k, v in log.items()}
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in trainer.network_state().items()}
     with trainer.ema.swapped():
@@ -102,7 +130,7 @@ def main(mode, out, *flags):
             assert all(torch.equal(again[k], state[k]) for k in state), "the checkpoint did not come back"
     if accelerator.is_main_process:
         heads = trainer.add.discriminator.heads.state_dict()
-        torch.save({"network": state, "average": average, "heads": heads, "log": log, "sharded": sharded}, out)
+        torch.save({"network": state, "average": average, "heads": heads, "log": log, "sharded": sharded, "types": {k: sorted(map(str, v)) for k, v in types.items()}}, out)
     accelerator.end_training()
 
 
