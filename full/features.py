@@ -1,12 +1,12 @@
 """What the discriminator looks through and is told: F of Table 1a, c_text and c_img of Table 1b."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from add import readout
 from full.backbones import LOAD_ERRORS, BackboneError, first_line
+from images import resize
 
 IMAGE_NETWORKS = {
     "dinov2-s": "facebook/dinov2-small",
@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
             top, left = (int(torch.randint(n - self.size + 1, ())) for n in (height, width))
             images = images[:, :, top : top + self.size, left : left + self.size]
         elif (height, width) != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+            images = resize(images, self.size)
         return (((images + 1) / 2 - self.mean) / self.std).to(self.network.dtype)
 
     def forward(self, images):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -235,3 +236,17 @@ def test_a_skipped_sample_is_named_by_file_row_or_key(tmp_path, capsys, monkeypa
         for _ in range(4):
             next(samples)
         assert f"a sample is skipped ({name}UnidentifiedImageError" in capsys.readouterr().err
+
+
+def test_a_mirrored_image_tells_where_it_is_cropped_in_its_mirror(tmp_path):
+    """Pixel columns are numbered by their red: the crop's first one is where the condition says, mirrored or not."""
+    picture, file, mirrored = Image.new("RGB", (80, 32)), io.BytesIO(), set()
+    picture.putdata([(3 * x, 0, 0) for _ in range(32) for x in range(80)])
+    picture.save(file, "PNG")
+    for seed in range(8):
+        pixels, sizes = data.prepare(file.getvalue(), random.Random(seed), settings(tmp_path, random_crop=True, flip=True))
+        first, second = (((pixels[0, 0, i].item() + 1) * 127.5) / 3 for i in (0, 1))
+        mirrored.add(second < first)
+        left = sizes[3].item()
+        assert round(first) == (79 - left if second < first else left)
+    assert mirrored == {True, False}

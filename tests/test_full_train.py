@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoints as tiny
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoPipelineForText2Image
+from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
 
 from add import Student
 from flags import from_dict
@@ -109,8 +109,11 @@ def test_a_student_with_uneven_timesteps_samples_as_add_does(checkpoints, tmp_pa
 
 
 @pytest.mark.parametrize("student, teacher", [("sd15", "sdxl"), ("sdxl", "v")])
-def test_mixed_pairs_of_other_latents_and_predictions(checkpoints, tmp_path, student, teacher):
+def test_mixed_pairs_of_other_latents_and_predictions(checkpoints, tmp_path, monkeypatch, student, teacher):
+    run_of, kept = Trainer.run, []
+    monkeypatch.setattr(Trainer, "run", lambda trainer: (kept.append(trainer.backbone.pipe.unet.device.type), run_of(trainer))[1])
     train(checkpoints, tmp_path, backbone=student, teacher=checkpoints / teacher)
+    assert kept == ["meta"]  # nobody uses the backbone's own frozen U-Net here: it takes no memory
     assert all(row["distillation"] > 0 for row in log_of(tmp_path))
 
 
@@ -167,6 +170,24 @@ def test_sample_writes_images_and_says_what_they_show(checkpoints, tmp_path):
     assert (tmp_path / "i2i" / "0000.png").read_bytes() not in first
 
 
+@pytest.mark.parametrize("steps, strength, length", [(1, 1, 1), (1, 0.5, 2), (2, 0.5, 4), (1, 0.3, 4), (3, 0.3, 10), (4, 1, 4)])
+def test_the_schedule_is_as_long_as_its_share_needs(steps, strength, length):
+    assert sample.schedule_length(steps, strength) == length
+    assert int(length * strength) == steps
+
+
+def test_image_to_image_takes_as_many_steps_as_asked(checkpoints, tmp_path, capsys, monkeypatch):
+    pipeline = train(checkpoints, tmp_path)
+    forward, calls = UNet2DConditionModel.forward, []
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda unet, x, t, *a, **k: (calls.append(int(t)), forward(unet, x, t, *a, **k))[1])
+    start = ["--pipeline", str(pipeline), "--prompt", "a", "--image", str(checkpoints / "images" / "000.jpg"), "--out", str(tmp_path / "i2i")]
+    assert sample.main(start) == 0 and calls == [499]
+    calls.clear()
+    assert sample.main([*start, "--steps", "2"]) == 0 and calls == [499, 249]
+    assert sample.main([*start, "--strength", "0.2"]) == 2
+    assert "--strength 0.2: this student has 4 timesteps, of which that leaves 0" in capsys.readouterr().err
+
+
 @pytest.fixture
 def another_precision():
     """accelerate keeps the first precision that a process asks for: forget it, before and after."""
@@ -202,6 +223,7 @@ MISTAKES = {
     "unknown choice": ({"weight": "sdss"}, ["--weight sdss", "exponential"]),
     "features": ({"features": "/nowhere"}, ["--features /nowhere"]),
     "c_text": ({"c_text": "/nowhere"}, ["--c-text /nowhere"]),
+    "random LoRA": ({"init": "random", "lora_rank": 4}, ["--lora-rank 4", "--init random"]),
     "resolution": ({"resolution": 60}, ["--resolution 60", "multiple of 8"]),
     "features size": ({"features_size": 30}, ["--features-size 30", "14"]),
     "resume": ({"--resume": "/nowhere"}, ["--resume /nowhere"]),
@@ -216,6 +238,10 @@ def test_a_mistake_ends_in_one_line(checkpoints, tmp_path, capsys, monkeypatch, 
     assert run.main([*flags(checkpoints, tmp_path, **settings), *more]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("full/run.py: ") and all(word in message for word in words), message
+
+
+def test_the_teacher_of_nfsd_has_the_guidance_of_its_paper():
+    assert (Settings().guidance, Settings(weight="nfsd").guidance, Settings(weight="nfsd", guidance=(3.0,)).guidance) == ((1.0,), (7.5,), (3.0,))
 
 
 def test_help_shows_every_setting_and_needs_no_diffusers():

@@ -7,12 +7,14 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 from torch import nn
 
 from add import ADD, Denoiser, Discriminator, DiscriminatorHeads, NoiseSchedule, Student, ddim
 from checkpoints import read
 from flags import from_dict
+from images import resize
 from toy import features as toy_features
 from toy.data import Batches, Dataset
 from toy.distil import distil, make_student
@@ -519,3 +521,13 @@ def test_dinov2_without_a_network_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"--features dinov2.*no route to host.*--features teacher") as error:
         toy_features.DinoV2()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, antialias", [(7, True), (7, False), (40, True), (40, False)])
+def test_resize_is_bicubic_interpolation_and_so_is_its_gradient(size, antialias):
+    images = torch.rand(2, 3, 16, 20, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, 3, size, size, dtype=torch.float64)
+    found, expected = resize(images, size, antialias), F.interpolate(images, (size, size), mode="bicubic", antialias=antialias)
+    assert torch.allclose(found, expected, atol=1e-6)
+    gradients = [torch.autograd.grad((x * weights).sum(), images)[0] for x in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 0

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import nn
 
 from add import descend, readout
+from images import resize
 from toy.data import Batches
 from toy.loop import GeneratorState, run_loop
 from toy.networks import ResidualBlock, ViT
@@ -132,7 +133,7 @@ class DinoV2(nn.Module):
 
     def _states(self, images):
         images = ((images + 1) / 2).expand(-1, 3, -1, -1)
-        images = F.interpolate(images, (self.size, self.size), mode="bicubic", align_corners=False)
+        images = resize(images, self.size, antialias=False)
         x = self.network.prepare_tokens_with_masks((images - self.mean) / self.std)
         states = [x]
         for i, block in enumerate(self.network.blocks):
