@@ -396,24 +396,33 @@ def augment_color(images, generator=None):
     return mean + (images - mean) * _uniform(images, 0.5, 1.5, generator)
 
 
+def _integers(images, low, high, generator):
+    """(B, 1) whole numbers, low and high among them."""
+    return torch.randint(low, high + 1, (len(images), 1), device=images.device, generator=generator)
+
+
 def augment_translation(images, generator=None, ratio=0.125):
-    """Shift by up to ratio of height and width; the border is repeated, as zeros would be grey bars on black."""
-    b, _, h, w = images.shape
-    shifts = [_uniform(images, -ratio * n, ratio * n, generator).round()[:, 0, 0].long() for n in (h, w)]
-    rows, cols = (  # (B, H), (B, W): where each pixel comes from
-        (torch.arange(n, device=images.device) + shift).clamp(0, n - 1) for n, shift in zip((h, w), shifts, strict=True)
-    )
-    batch = torch.arange(b, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def augment_cutout(images, generator=None, ratio=0.5):
-    """A square of ratio of height and width around a random centre becomes zero."""
-    near = []
+    """Shift by up to ratio of height and width; what comes in at the border is zero."""
+    sources, inside = [], []  # of rows and columns, (B, H) and (B, W): where each comes from; whether that is in the image
     for n in images.shape[2:]:
-        centre = (_uniform(images, 0, 1, generator)[:, 0, 0] * n).floor()
-        near.append((torch.arange(n, device=images.device) + 0.5 - centre).abs() < ratio * n / 2)
-    return images * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
+        most = int(ratio * n + 0.5)
+        source = torch.arange(n, device=images.device) + _integers(images, -most, most, generator)
+        inside.append((source >= 0) & (source < n))
+        sources.append(source.clamp(0, n - 1))
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[batch, sources[0][:, :, None], sources[1][:, None, :]].permute(0, 3, 1, 2)
+    return moved * (inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def augment_cutout(images, generator=None, ratio=0.2):
+    """A square of ratio of height and width becomes zero, anywhere, partly outside too; StyleGAN-T's ratio."""
+    cut = []
+    for n in images.shape[2:]:
+        size = int(ratio * n + 0.5)
+        first = _integers(images, 0, n - size % 2, generator) - size // 2
+        place = torch.arange(n, device=images.device)
+        cut.append((place >= first) & (place < first + size))
+    return images * ~(cut[0][:, None, :, None] & cut[1][:, None, None, :])
 
 
 AUGMENTATIONS = {"color": augment_color, "translation": augment_translation, "cutout": augment_cutout}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.utils import convert_state_dict_to_diffusers
 
 from full.settings import LICENCES, as_table
 
@@ -34,15 +35,18 @@ def is_evenly_spaced(timesteps, T=1000):
 
 
 def student_unet(backbone, state, settings):
-    """The saved student as a plain U-Net on the CPU; LoRA adapters are merged into it."""
-    unet = backbone.load_student_unet(settings).cpu()
+    """The saved student as a plain U-Net on the CPU, and the LoRA adapter that is merged into it ({} without one)."""
+    unet, adapter = backbone.load_student_unet(settings).cpu(), {}
     missing, unexpected = unet.load_state_dict({k.removeprefix("unet."): v for k, v in state.items()}, strict=False)
     if unexpected or (missing and not settings.lora_rank):
         raise ValueError(f"the student's weights do not fit its U-Net: {(unexpected or missing)[0]}")
     if settings.lora_rank:
+        from peft.utils import get_peft_model_state_dict
+
+        adapter = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         unet.fuse_lora()
         unet.unload_lora()
-    return unet
+    return unet, adapter
 
 
 def commit():
@@ -69,6 +73,12 @@ def model_card(backbone, settings):
     call = "num_inference_steps=1, guidance_scale=0.0"
     if not is_evenly_spaced(settings.timesteps):
         call = f"timesteps=[{settings.timesteps[-1]}], guidance_scale=0.0"
+    lora = ""
+    if settings.lora_rank:
+        lora = (
+            "\nOr add the adapter alone, `pytorch_lora_weights.safetensors`, to the base model: "
+            '`pipe.load_lora_weights("DIR")`, with the scheduler of this folder.\n'
+        )
     return f"""---
 license: {licence}
 base_model: {backbone.path}
@@ -86,7 +96,7 @@ from diffusers import AutoPipelineForText2Image
 pipe = AutoPipelineForText2Image.from_pretrained("DIR")
 image = pipe("a lighthouse in a storm", {call}).images[0]
 ```
-
+{lora}
 Timesteps it was trained at: {", ".join(map(str, settings.timesteps))}. More steps than {n}, or guidance, are outside of its training.
 
 - data: `{settings.data}`
@@ -101,13 +111,17 @@ Timesteps it was trained at: {", ".join(map(str, settings.timesteps))}. More ste
 
 def save_pipeline(folder, backbone, state, settings):
     """The base pipeline, read anew, with the student's U-Net and scheduler, in settings.save_dtype: folder complete or
-    not there. state: the trainable parameters' names → tensors."""
+    not there. Of a LoRA the adapter stands beside it, as load_lora_weights reads it. state: the trainable parameters'
+    names → tensors."""
     dtype, temporary = DTYPES[settings.save_dtype], Path(f"{folder}.tmp")
-    unet = student_unet(backbone, state, settings).to(dtype)
+    unet, adapter = student_unet(backbone, state, settings)
+    unet = unet.to(dtype)
     scheduler = make_scheduler(backbone.scheduler_config, settings)
     pipe = DiffusionPipeline.from_pretrained(backbone.path, unet=unet, scheduler=scheduler, dtype=dtype, **backbone.extra)
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
+    if adapter:
+        pipe.save_lora_weights(temporary, unet_lora_layers={name: x.to(dtype).contiguous() for name, x in adapter.items()})
     (temporary / "README.md").write_text(model_card(backbone, settings), "utf-8")
     (temporary / "add.json").write_text(json.dumps({"timesteps": settings.timesteps}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)

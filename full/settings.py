@@ -34,8 +34,8 @@ class Settings:
 
     features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository")
     features_size: int = option(0, "resolution that F sees (0: the one it was trained at)", limits=(0, 10_000))
-    features_crop: float = option(0.0, "share of batches that F sees as a random crop instead of resized, where images are larger", limits=SHARE)
-    augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout")
+    features_crop: float = option(0.5, "share of batches that F sees as a random crop instead of resized, where images are larger than it takes", limits=SHARE)
+    augment: tuple[str, ...] = option(("color", "translation", "cutout"), "DiffAugment before F; none: ''", ("color", "translation", "cutout"))
     c_text: str = option("ViT-g-14/laion2b_s12b_b42k", "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none")
     c_img: str = option("dinov2-l", "image encoder of c_img (Table 1b), named as F; or none")
     head_width: int = option(0, "channels inside a head (0: those of F)", limits=(0, 10_000))

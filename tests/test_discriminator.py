@@ -202,15 +202,15 @@ def test_gradient_passes_through_frozen_features():
     assert (images.grad.flatten(1).abs().sum(1) > 0).all()
 
 
-def fixed_draws(monkeypatch, *values):
-    """_uniform gives these instead; the (low, high) it was asked for are returned, as they come."""
+def fixed_draws(monkeypatch, *values, of="_uniform"):
+    """add's _uniform, or _integers, gives these instead; the (low, high) it was asked for are returned, as they come."""
     values, asked = iter(values), []
 
-    def uniform(images, low, high, generator):
+    def draw(images, low, high, generator):
         asked.append((low, high))
-        return torch.tensor(next(values)).view(-1, 1, 1, 1)
+        return torch.tensor(next(values)).view(-1, *[1] * (3 if of == "_uniform" else 1))
 
-    monkeypatch.setattr(add, "_uniform", uniform)
+    monkeypatch.setattr(add, of, draw)
     return asked
 
 
@@ -233,25 +233,33 @@ def test_color_by_hand(monkeypatch):
     assert asked == [(-0.5, 0.5), (0, 2), (0.5, 1.5)]
 
 
+def test_integers_draws_both_ends_as_often_as_what_lies_between():
+    draws = add._integers(torch.zeros(12_000, 1, 1, 1), -2, 3, generator())
+    assert draws.shape == (12_000, 1)
+    counts = torch.bincount(draws[:, 0] + 2)
+    assert len(counts) == 6 and (counts - 2000).abs().max() < 5 * math.sqrt(2000)
+
+
 def test_translation_by_hand(monkeypatch):
-    """Rows by 2 and columns by -1, the second image not at all; the border is repeated at the edges."""
-    asked = fixed_draws(monkeypatch, [1.8, 0.2], [-1.2, -0.4])
+    """Rows by 2 and columns by -1, the second image not at all; zeros come in."""
+    asked = fixed_draws(monkeypatch, [2, 0], [-1, 0], of="_integers")
     images = randn(2, 3, 16, 8)
     moved = AUGMENTATIONS["translation"](images)
-    expected = images[0][:, [*range(2, 16), 15, 15]][:, :, [0, *range(7)]]
+    expected = torch.zeros_like(images[0])
+    expected[:, :14, 1:] = images[0][:, 2:, :7]
     assert torch.equal(moved[0], expected) and torch.equal(moved[1], images[1])
-    assert asked == [(-2.0, 2.0), (-1.0, 1.0)]  # an eighth of the height, of the width
+    assert asked == [(-2, 2), (-1, 1)]  # an eighth of the height, of the width
 
 
 def test_cutout_by_hand(monkeypatch):
-    """Half of each side becomes zero: 8 x 4 of 16 x 8 inside the picture, what is left of it at a corner."""
-    asked = fixed_draws(monkeypatch, [0.5, 0.0], [0.5, 0.0])
-    zeros = AUGMENTATIONS["cutout"](torch.ones(2, 3, 16, 8)) == 0
-    assert zeros[0].flatten(1).sum(1).tolist() == [8 * 4] * 3
-    rows, cols = zeros[0, 0].any(1).nonzero().flatten(), zeros[0, 0].any(0).nonzero().flatten()
-    assert rows.tolist() == list(range(4, 12)) and cols.tolist() == list(range(2, 6))
-    assert zeros[1, 0, 0, 0] and 3 * 1 <= zeros[1, 0].sum() <= 4 * 2
-    assert asked == [(0, 1), (0, 1)]
+    """A fifth of each side, rounded, becomes zero: 4 x 3 of 20 x 15 inside the picture, what is left of it at the corners."""
+    asked = fixed_draws(monkeypatch, [10, 0, 20], [7, 0, 14], of="_integers")
+    zeros = AUGMENTATIONS["cutout"](torch.ones(3, 2, 20, 15)) == 0
+    for image, rows, cols in ((0, [8, 9, 10, 11], [6, 7, 8]), (1, [0, 1], [0, 1]), (2, [18, 19], [13, 14])):
+        expected = torch.zeros(20, 15, dtype=torch.bool)
+        expected[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1] = True
+        assert torch.equal(zeros[image], expected.expand(2, -1, -1))
+    assert asked == [(0, 20), (0, 14)]  # an even side may lie half outside at either end
 
 
 def test_cutout_multiplies_by_zero_and_one_alone():

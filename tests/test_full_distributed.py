@@ -18,7 +18,7 @@ def launch(mode, root, out, precision):
     command = [sys.executable]
     if mode in ("ddp", "fsdp"):
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    more = flags(root, out / "run", batch=8, ema=0.5, precision=precision)
+    more = flags(root, out / "run", batch=8, ema=0.5, precision=precision, augment="", features_crop=0)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, HERE / "full_step.py", mode, out / "state.pt", *more], env=environment, capture_output=True, text=True, timeout=300

@@ -119,7 +119,7 @@ def test_mixed_pairs_of_other_latents_and_predictions(checkpoints, tmp_path, mon
 
 @pytest.mark.parametrize("more", [
     {"weight": "nfsd", "guidance": "7.5"}, {"weight": "sds", "space": "latent"}, {"guidance": "3,8", "teacher_steps": 2},
-    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"augment": "color,translation,cutout"},
+    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"augment": "", "features_crop": 0},
     {"features_size": 56, "features_crop": 1.0}, {"ema": 0, "clip": 0}, {"init": "random"},
     {"vae_slicing": "false", "checkpointing": "false"},
 ], ids=lambda more: " ".join(more))  # fmt: skip
@@ -136,6 +136,24 @@ def test_lora_trains_adapters_and_is_merged_into_the_pipeline(checkpoints, tmp_p
     changed = {k for k in before if not torch.allclose(before[k], after[k], atol=1e-7)}
     assert before.keys() == after.keys() and changed
     assert all(any(f".{n}." in k for n in ("to_q", "to_k", "to_v", "to_out")) for k in changed)
+
+
+@pytest.mark.parametrize("backbone", ["sd15", "sdxl"])
+def test_the_base_with_the_saved_adapter_draws_what_the_merged_pipeline_draws(checkpoints, tmp_path, backbone):
+    pipeline = train(checkpoints, tmp_path, backbone=backbone, lora_rank=2, student_lr=0.1, warm_up=0)
+    merged, base, adapted = (
+        AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32) for folder in (pipeline, checkpoints / backbone, checkpoints / backbone)
+    )
+    adapted.load_lora_weights(pipeline)
+    images = []
+    for pipe in (merged, base, adapted):
+        pipe.scheduler = merged.scheduler
+        call = dict(num_inference_steps=2, guidance_scale=0.0, output_type="latent", height=64, width=64)
+        images.append(pipe("a", generator=torch.Generator().manual_seed(0), **call).images)
+    changed = (images[0] - images[1]).abs().max()
+    assert changed > 1e-2 * images[0].abs().max()
+    assert (images[0] - images[2]).abs().max() < 1e-3 * changed
+    assert "load_lora_weights" in (pipeline / "README.md").read_text()
 
 
 def test_resumed_is_as_if_never_stopped(checkpoints, tmp_path):
