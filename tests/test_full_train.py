@@ -39,6 +39,14 @@ def checkpoints(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def another_precision():
+    """accelerate keeps the first precision that a process asks for: forget it, before and after."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 def flags(root, out, backbone="sd15", **settings):
     """The command line of a short run; values None leave a flag out."""
     defaults = dict(
@@ -87,9 +95,11 @@ def same_image_as_our_sampler(pipeline, out, steps, timesteps=None):
     return scale
 
 
+@pytest.mark.usefixtures("another_precision")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backbone", ["sd15", "v", "sdxl"])
-def test_each_backbone_trains_and_its_pipeline_samples_as_add_does(checkpoints, tmp_path, backbone):
-    pipeline = train(checkpoints, tmp_path, backbone=backbone)
+def test_each_backbone_trains_and_its_pipeline_samples_as_add_does(checkpoints, tmp_path, backbone, precision):
+    pipeline = train(checkpoints, tmp_path, backbone=backbone, precision=precision)
     before, after = weights(checkpoints / backbone), weights(pipeline)
     assert before.keys() == after.keys()
     assert sum(not torch.equal(before[k], after[k]) for k in before) > 0.9 * len(before)
@@ -156,10 +166,12 @@ def test_the_base_with_the_saved_adapter_draws_what_the_merged_pipeline_draws(ch
     assert "load_lora_weights" in (pipeline / "README.md").read_text()
 
 
-def test_resumed_is_as_if_never_stopped(checkpoints, tmp_path):
-    whole = train(checkpoints, tmp_path / "whole", steps=4, save_every=2)
-    train(checkpoints, tmp_path / "cut", steps=2, save_every=2)
-    cut = train(checkpoints, tmp_path / "cut", "--resume", "auto", steps=4, save_every=2)
+@pytest.mark.usefixtures("another_precision")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_is_as_if_never_stopped(checkpoints, tmp_path, precision):
+    whole = train(checkpoints, tmp_path / "whole", steps=4, save_every=2, precision=precision)
+    train(checkpoints, tmp_path / "cut", steps=2, save_every=2, precision=precision)
+    cut = train(checkpoints, tmp_path / "cut", "--resume", "auto", steps=4, save_every=2, precision=precision)
     a, b = weights(whole), weights(cut)
     assert all(torch.equal(a[k], b[k]) for k in a)
     strip = lambda rows: [{k: v for k, v in row.items() if k not in ("images_per_second", "memory_gib")} for row in rows]  # noqa: E731
@@ -204,14 +216,6 @@ def test_image_to_image_takes_as_many_steps_as_asked(checkpoints, tmp_path, caps
     assert sample.main([*start, "--steps", "2"]) == 0 and calls == [499, 249]
     assert sample.main([*start, "--strength", "0.2"]) == 2
     assert "--strength 0.2: this student has 4 timesteps, of which that leaves 0" in capsys.readouterr().err
-
-
-@pytest.fixture
-def another_precision():
-    """accelerate keeps the first precision that a process asks for: forget it, before and after."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.usefixtures("another_precision")
