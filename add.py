@@ -302,6 +302,20 @@ class LocalBatchNorm(nn.Module):
         return x * self.weight[:, None] + self.bias[:, None]
 
 
+class Projection(nn.Linear):
+    """Conditions (B, width) → (B, c_map): unit normal weights, scaled by 1/√width in use, so that Adam changes what wide
+    and narrow conditions do at one pace (StyleGAN-T)."""
+
+    def __init__(self, width, c_map):
+        super().__init__(width, c_map, bias=False)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, c):
+        return super().forward(c) / math.sqrt(self.in_features)
+
+
 class DiscriminatorHead(nn.Module):
     """D_k: one token map (B, N, C) → a logit for every token (B, N).
 
@@ -321,8 +335,8 @@ class DiscriminatorHead(nn.Module):
 
         self.first, self.residual = block(channels, 1), block(hidden, kernel)
         self.last = spectral_norm(nn.Conv1d(hidden, c_map if self.conditional else 1, 1))
-        self.from_text = nn.Linear(text_dim, c_map, bias=False) if text_dim else None
-        self.from_image = nn.Linear(image_dim, c_map, bias=False) if image_dim else None
+        self.from_text = Projection(text_dim, c_map) if text_dim else None
+        self.from_image = Projection(image_dim, c_map) if image_dim else None
         # With it a condition of zeros (c_img at τ_n) still leaves a logit.
         self.unconditional = nn.Parameter(torch.randn(c_map)) if self.conditional else None
 

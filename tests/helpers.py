@@ -216,7 +216,7 @@ def naive_head(head, tokens, c_text=None, c_img=None):
         return h[:, 0]
     projection = head.unconditional[None]
     if c_text is not None:
-        projection = projection + c_text @ head.from_text.weight.T
+        projection = projection + c_text @ head.from_text.weight.T / math.sqrt(c_text.shape[1])
     if c_img is not None:
-        projection = projection + c_img @ head.from_image.weight.T
+        projection = projection + c_img @ head.from_image.weight.T / math.sqrt(c_img.shape[1])
     return torch.einsum("bcn,bc->bn", h, projection.expand(len(h), -1)) / math.sqrt(head.last.weight.shape[0])

@@ -15,6 +15,7 @@ from add import (
     DiscriminatorHead,
     DiscriminatorHeads,
     LocalBatchNorm,
+    Projection,
     hinge_discriminator,
     hinge_student,
     r1,
@@ -111,6 +112,15 @@ def test_projection_by_hand():
         head.from_image.weight.copy_(torch.tensor([[0.0], [1.0]]))
     logits = head(randn(1, 1, 1), torch.tensor([[4.0]]).double(), torch.tensor([[2.0]]).double())
     assert logits.item() == pytest.approx((3 * 5 + 5 * 4) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("width", [4, 1024])
+def test_a_condition_of_mean_square_one_has_a_projection_of_mean_square_one(width):
+    torch.manual_seed(0)
+    projection = Projection(width, 4000)
+    c = F.normalize(torch.randn(1, width)) * width**0.5
+    assert projection(c).square().mean().item() == pytest.approx(1, abs=5 * math.sqrt(2 / 4000))
+    torch.testing.assert_close(projection(c), c @ projection.weight.T / width**0.5)
 
 
 def test_each_condition_moves_the_logits_and_zeros_leave_the_unconditional_map():
