@@ -25,14 +25,16 @@ Departures from the paper, and choices where it is silent
        released models' public sampler does the same. v- and x_0-networks may use zero_terminal_snr().
     2. ‖x - y‖² is averaged over an image's elements (config.reduction = "sum" gives the paper's formula): summed, its
        weight against the hinge would grow with the resolution.
-    3. Hinge losses are averaged over tokens and summed over heads; R1 differentiates the sum over tokens and batch.
+    3. Hinge losses are averaged over tokens and summed over heads; R1, without the usual ½, differentiates the sum over
+       tokens and batch.
     4. c_text and c_img enter as a sum of two linear maps, which is one linear map of their concatenation.
     5. c_img is zero at τ_n, where the student has seen nothing of x_0. Real images get their generated partners' c.
     6. The teacher's guidance, optimisers, EMA and augmentation are not in the paper: arguments here.
     7. NFSD with several teacher steps has no published form: refused.
     8. Of T_student the paper gives N = 4 and τ_n = 1000; the others here are evenly spaced. Each iteration has both
        halves; the heads judge images from before the student's update.
-    9. Optional, off unless asked for: estimates of x_0 clipped to the range of images (Denoiser.clip).
+    9. Further steps take fresh noise (§3.1). The released models' demo keeps a share of the old, at t = 999, 899, 799, 699.
+   10. Optional, off unless asked for: estimates of x_0 clipped to the range of images (Denoiser.clip).
 """
 
 import math

@@ -47,15 +47,15 @@ def build_add(student, teacher, features, classes, settings, device):
 
 
 def make_batch(images, labels, features, classes, settings):
-    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text, one-hot times √classes,
-    and F's summary of x_0 as c_img, of norm 1. A louder c_img, which tells the class too, makes heads neglect c_text, and
-    with it the class at τ_n, where c_img is zero."""
+    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text, one-hot with mean square
+    1, and F's summary of x_0 as c_img, with mean square 1/8. A louder c_img, which tells the class too, makes heads neglect
+    c_text, and with it the class at τ_n, where c_img is zero."""
     null = torch.full_like(labels, classes)
     c_text = classes**0.5 * F.one_hot(labels, classes).float() if settings.distil_c_text else None
     c_img = None
     if settings.distil_c_img:
         with torch.no_grad():
-            c_img = F.normalize(features.summary(images), dim=1)
+            c_img = (features.width / 8) ** 0.5 * F.normalize(features.summary(images), dim=1)
     # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above the threshold.
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
