@@ -373,13 +373,18 @@ class DiscriminatorHeads(nn.ModuleList):
 
 class Discriminator(nn.Module):
     """F and its heads. features maps images (B, C, H, W) in [-1, 1] to a list of token maps, one for each head; it does
-    its own resizing and normalisation. It is frozen, and train() cannot bring it out of eval mode."""
+    its own resizing and normalisation. It is frozen, and train() cannot bring it out of eval mode. Features that say
+    `space = "diffused"` read the student's space instead: then nothing is decoded for them (LADD, Sauer et al. 2024).
+    ValueError for DiffAugment there."""
 
     def __init__(self, features, heads, augment=()):
         super().__init__()
         self.features, self.heads, self.augment = features.requires_grad_(False).eval(), heads, tuple(augment)
         for name in self.augment:
             _check_choice("augment", name, tuple(AUGMENTATIONS))
+        self.space = getattr(features, "space", "pixel")
+        if self.augment and self.space != "pixel":
+            raise ValueError(f"augment={self.augment} is for images; these features read the student's space: use ()")
 
     def train(self, mode=True):
         super().train(mode)
@@ -589,7 +594,9 @@ class StudentHalf:
     loss: torch.Tensor  # Eq. 1, a scalar
     s: torch.Tensor  # (B,) the student's timesteps
     t: torch.Tensor  # (B,) the teacher's
-    pixels: torch.Tensor  # x̂_θ decoded, (B, C, H, W), detached
+    x_hat: torch.Tensor  # x̂_θ in the student's space, detached
+    pixels: torch.Tensor | None  # x̂_θ decoded, (B, C, H, W), detached; None where no loss looks at pixels
+    real: torch.Tensor = field(repr=False)  # what F reads of the real images: pixels, or the student's space
     target: torch.Tensor  # the teacher's x̂_ψ, in pixels or in its own space (config.space)
     fake_tokens: list = field(repr=False)  # [F_k(x̂_θ)], detached: the heads' half reads them again at no cost
     c_text: torch.Tensor | None = field(repr=False)
@@ -599,8 +606,8 @@ class StudentHalf:
 
 def _tap(x, log, name):
     """x; the root mean square over the batch of its samples' gradient norms goes to the log when backward comes by."""
-    x = x.view_as(x)
-    if x.requires_grad:
+    if x is not None and x.requires_grad:
+        x = x.view_as(x)
         x.register_hook(lambda g: log.update({name: g.detach().float().norm() * math.sqrt(len(g))}))
     return x
 
@@ -685,17 +692,22 @@ class ADD(nn.Module):
         s = student.draw_timesteps(len(z_0), z_0.device, generator)
         noise = torch.randn(z_0.shape, dtype=z_0.dtype, device=z_0.device, generator=generator)
         x_hat = student(student.diffuse(z_0, noise, s), s, batch.cond)
-        pixels = denoiser.decode(x_hat)
+        latent_features = self.discriminator.space == "diffused"
+        if latent_features and self.config.space == "diffused" and self.config.shared_latents:
+            pixels = None
+        else:
+            pixels = denoiser.decode(x_hat)
+        real, fake = (z_0, x_hat) if latent_features else (batch.x_0, pixels)
 
         c_text, c_img = batch.c_text, batch.c_img
         if c_img is not None:  # departure 5
             c_img = c_img.masked_fill(student.is_terminal(s)[:, None], 0)
         log = {}
         with _frozen(self.discriminator.heads):
-            fake_tokens = self.discriminator.tokens(_tap(pixels, log, "gradient_adversarial"), generator)
+            fake_tokens = self.discriminator.tokens(_tap(fake, log, "gradient_adversarial"), generator)
             adversarial = hinge_student(self.discriminator(fake_tokens, c_text, c_img)).mean()
-        x_hat, seen = (_tap(x, log, "gradient_distillation") for x in (x_hat, pixels))  # one of them is used
-        distillation, target, t = self.distill(x_hat, seen, batch, generator)
+        x_hat, pixels = (_tap(x, log, "gradient_distillation") for x in (x_hat, pixels))  # one of them is used
+        distillation, target, t = self.distill(x_hat, pixels, batch, generator)
         loss = adversarial + self.config.lambda_ * distillation.mean()
         log |= {"adversarial": adversarial.detach(), "distillation": distillation.detach().mean()}
         T, bins = len(self.teacher.schedule), 4
@@ -703,12 +715,13 @@ class ADD(nn.Module):
             share = (t * bins // T == i) * distillation.detach()
             log[f"distillation_t{i * T // bins}"] = bins * share.mean()
         fake_tokens = [x.detach() for x in fake_tokens]
-        return StudentHalf(loss, s, t, pixels.detach(), target, fake_tokens, c_text, c_img, log)
+        x_hat, pixels = x_hat.detach(), None if pixels is None else pixels.detach()
+        return StudentHalf(loss, s, t, x_hat, pixels, real, target, fake_tokens, c_text, c_img, log)
 
     def discriminator_half(self, batch, student_half, generator=None):
         """L_adv^D (Eq. 3), a scalar, and its log; its backward moves the heads alone."""
         with torch.no_grad():
-            real_tokens = self.discriminator.tokens(batch.x_0, generator)
+            real_tokens = self.discriminator.tokens(student_half.real, generator)
         real_tokens = [x.detach().requires_grad_(self.config.gamma > 0) for x in real_tokens]
         conditions = student_half.c_text, student_half.c_img
         with parametrize.cached():  # one spectral norm for both: real and generated meet the same weights

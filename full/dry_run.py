@@ -138,7 +138,7 @@ class DryRun(Trainer):
         self.settings, self.device, self.step, self.generator = settings, META, 0, None
         self.whole_gradients, self.meter, frozen = whole_gradients, None, DTYPES[settings.precision]
         self.accelerator = SimpleNamespace(
-            num_processes=1, no_sync=lambda m: contextlib.nullcontext(), backward=self._backward,
+            num_processes=1, process_index=0, no_sync=lambda m: contextlib.nullcontext(), backward=self._backward,
             clip_grad_norm_=nn.utils.clip_grad_norm_,
         )  # fmt: skip
         self.backbone = self.teacher_backbone = MetaBackbone(settings.backbone, frozen)
@@ -148,7 +148,7 @@ class DryRun(Trainer):
             self.latents = [b.load_latents(settings) for b in (self.backbone, self.teacher_backbone)]
             student = Student(make_student_denoiser(self.backbone, self.latents[0], settings), settings.timesteps)
             teacher = make_teacher(self.teacher_backbone, self.latents[1])
-        discriminator = self._make_discriminator(frozen)
+        discriminator = self._make_discriminator(frozen, teacher)
         shared = self.backbone is self.teacher_backbone  # the weights of two would tell; the dearer is assumed
         self.add = ADD(student, teacher, discriminator, self._make_config(shared)).train()
         self.network, heads = student.denoiser.network, list(discriminator.heads.parameters())
@@ -167,13 +167,16 @@ class DryRun(Trainer):
             Autocast(self.network, lambda: self.meter)
         self._label_parts()
 
-    def _make_discriminator(self, dtype):
+    def _make_features(self, dtype, teacher):
         s = self.settings
-        features = vit(s.features, dtype, s.features_size, "features")
+        return super()._make_features(dtype, teacher) if s.features == "teacher" else vit(s.features, dtype, s.features_size, "features")
+
+    def _make_discriminator(self, dtype, teacher):
+        s, features = self.settings, self._make_features(dtype, teacher)
         self.text_features = MetaTextFeatures(s.c_text, dtype) if s.c_text != "none" else None
         self.image_features = vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
         heads = DiscriminatorHeads(
-            [features.width] * len(features.levels), hidden=s.head_width or None,
+            features.channels, hidden=s.head_width or None,
             text_dim=self.text_features.width if self.text_features else 0,
             image_dim=self.image_features.width if self.image_features else 0,
         )  # fmt: skip

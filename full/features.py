@@ -1,6 +1,7 @@
 """What the discriminator looks through and is told: F of Table 1a, c_text and c_img of Table 1b."""
 
 import torch
+from einops import rearrange
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
@@ -51,6 +52,7 @@ class VisionTransformer(nn.Module):
             raise BackboneError(f"--{what}: a network of {blocks} blocks; four are read")
         self.levels = [0] + [blocks * i // 4 for i in (1, 2, 3, 4)]  # of hidden_states, whose first is the embedding
         self.width = config.hidden_size
+        self.channels = [self.width] * len(self.levels)
         mean, std = CLIP if config.model_type == "clip_vision_model" else IMAGENET
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
@@ -74,6 +76,46 @@ class VisionTransformer(nn.Module):
     def summary(self, images):
         """The class token after the last norm, (B, C), scaled to mean square 1: c_img."""
         return unit_scale(self.network(self._prepare(images, 0.0), **self.options).last_hidden_state[:, 0].float())
+
+
+def encode(unet, x_t, t, cond):
+    """What each block of a diffusers U-Net's down path gives, and its middle: [(B, C_k, H_k, W_k)]; cond as backbones.UNet
+    takes it."""
+    text, added = cond["encoder_hidden_states"], cond.get("added_cond_kwargs")
+    embedding = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t))
+    more = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
+    embedding = embedding if more is None else embedding + more
+    h, maps = unet.conv_in(x_t), []
+    for block in (*unet.down_blocks, unet.mid_block):
+        h = block(h, embedding, **({"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}))
+        h = h[0] if isinstance(h, tuple) else h  # a down block gives its skips, too
+        maps.append(h)
+    return maps
+
+
+class TeacherEncoder(nn.Module):
+    """The frozen teacher's down path and middle on noised latents, as in LADD (Sauer et al. 2024) and DMD2: no image is
+    decoded for the discriminator.
+
+    Scaled latents (B, 4, h, w) are diffused to t drawn uniformly from 0…599, each to its own, and get the empty prompt.
+    Calling it gives token maps [(B, N_k, C_k)]. The draws have a generator of their own, which checkpoints hold.
+    """
+
+    space, T_MAX = "diffused", 600
+
+    def __init__(self, teacher, null, seed, device):
+        super().__init__()
+        self.__dict__.update(teacher=teacher, null=null)  # past the module tree, which has it; null(B) is ∅ for B samples
+        unet = teacher.network.unet
+        self.channels = [block.resnets[-1].out_channels for block in (*unet.down_blocks, unet.mid_block)]
+        self.generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
+
+    def forward(self, latents):
+        t = torch.randint(self.T_MAX, (len(latents),), device=latents.device, generator=self.generator)
+        noise = torch.randn(latents.shape, device=latents.device, generator=self.generator)
+        unet = self.teacher.network.unet
+        x_t = self.teacher.schedule.diffuse(latents, noise, t).to(unet.dtype)
+        return [rearrange(x.float(), "b c h w -> b (h w) c") for x in encode(unet, x_t, t, self.null(len(latents)))]
 
 
 def unit_scale(x):

@@ -48,10 +48,11 @@ def validation(student, backbone, settings):
 
 
 @torch.no_grad()
-def targets(batch, half, teacher, settings, columns=8):
+def targets(batch, half, add, settings, columns=8):
     """x_0, the student's x̂_θ and the teacher's x̂_ψ of a batch, a row each."""
-    target = half.target if settings.space == "pixel" else teacher.decode(half.target)
-    rows = [x[:columns].float().cpu() for x in (batch.x_0, half.pixels, target)]
+    target = half.target if settings.space == "pixel" else add.teacher.decode(half.target[:columns])
+    pixels = add.student.denoiser.decode(half.x_hat[:columns]) if half.pixels is None else half.pixels
+    rows = [x[:columns].float().cpu() for x in (batch.x_0, pixels, target)]
     return to_array(torch.cat(rows), len(rows[0]))
 
 

@@ -32,10 +32,10 @@ class Settings:
     lora_rank: int = option(0, "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)", limits=(0, 10_000))
     vae: str = option("kl", "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository of a tiny decoder")
 
-    features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository")
+    features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository; or teacher: its encoder, on noised latents (LADD)")
     features_size: int = option(0, "resolution that F sees (0: the one it was trained at)", limits=(0, 10_000))
     features_crop: float = option(0.5, "share of batches that F sees as a random crop instead of resized, where images are larger than it takes", limits=SHARE)
-    augment: tuple[str, ...] = option(("color", "translation", "cutout"), "DiffAugment before F; none: ''", ("color", "translation", "cutout"))
+    augment: tuple[str, ...] = option(("color", "translation", "cutout"), "DiffAugment before F, not with --features teacher; none: ''", ("color", "translation", "cutout"))
     c_text: str = option("ViT-g-14/laion2b_s12b_b42k", "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none")
     c_img: str = option("dinov2-l", "image encoder of c_img (Table 1b), named as F; or none")
     head_width: int = option(0, "channels inside a head (0: those of F)", limits=(0, 10_000))
@@ -96,6 +96,8 @@ class Settings:
             raise ValueError(f"--lora-rank {self.lora_rank}: not with --init random, whose weights are in no checkpoint to add the adapter to")
         if not self.guidance:  # NFSD's own: Katzir et al. 2023
             object.__setattr__(self, "guidance", (7.5,) if self.weight == "nfsd" else (1.0,))
+        if self.features == "teacher":  # which reads latents, and adds noise of its own
+            object.__setattr__(self, "augment", ())
         if len(self.guidance) not in (1, 2):
             raise ValueError(f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between")
 

@@ -36,7 +36,7 @@ from checkpoints import (
     write_text,
 )
 from full import backbones, data, export, pictures
-from full.features import TextFeatures, VisionTransformer, load_vit
+from full.features import TeacherEncoder, TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -127,7 +127,9 @@ class Trainer:
         if settings.compile:
             student.denoiser.network.compile()
             teacher.network.compile()
-        self.add = ADD(student, teacher, self._make_discriminator(frozen), self._make_config(shared)).to(self.device).train()
+        if settings.features == "teacher" and not shared:
+            raise TrainingError(f"--features teacher: {settings.teacher} and {settings.backbone} have other latents; take another F, or teacher")
+        self.add = ADD(student, teacher, self._make_discriminator(frozen, teacher), self._make_config(shared)).to(self.device).train()
 
         network = student.denoiser.network
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -158,16 +160,29 @@ class Trainer:
         self.skipped, self.nonfinite, self.batches = 0, 0, None
         self.won = deque(maxlen=200)  # of the last iterations: had the discriminator won?
 
-    def _make_discriminator(self, dtype):
-        settings, crop = self.settings, self.settings.features_crop
-        features = VisionTransformer(load_vit(settings.features, dtype, "features"), settings.features_size, crop)
+    def _null(self, n):
+        """∅ for n samples, for the teacher, with the sizes of an uncropped image."""
+        size = self.settings.resolution
+        sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1)
+        return self.teacher_backbone.with_sizes(repeat(self.teacher_backbone.null(1), n), sizes)
+
+    def _make_features(self, dtype, teacher):
+        settings = self.settings
+        if settings.features != "teacher":
+            return VisionTransformer(load_vit(settings.features, dtype, "features"), settings.features_size, settings.features_crop)
+        if settings.checkpointing:
+            teacher.network.unet.enable_gradient_checkpointing()
+        return TeacherEncoder(teacher, self._null, settings.seed * 100_003 + 50_000 + self.accelerator.process_index, self.device)
+
+    def _make_discriminator(self, dtype, teacher):
+        settings, features = self.settings, self._make_features(dtype, teacher)
         self.text_features = self.image_features = None
         if settings.c_text != "none":
             self.text_features = TextFeatures(settings.c_text, dtype, self.device)
         if settings.c_img != "none":
             self.image_features = VisionTransformer(load_vit(settings.c_img, dtype, "c-img"), what="c-img").to(self.device)
         heads = DiscriminatorHeads(
-            [features.width] * len(features.levels),
+            features.channels,
             text_dim=self.text_features.width if self.text_features else 0,
             image_dim=self.image_features.width if self.image_features else 0,
             hidden=settings.head_width or None,
@@ -302,6 +317,8 @@ class Trainer:
             "data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
             "skipped": self.skipped, "nonfinite": self.nonfinite, "won": list(self.won),
         }  # fmt: skip
+        if generator := getattr(self.add.discriminator.features, "generator", None):
+            own["features_generator"] = generator.get_state()
         failed = None
         try:
             if accelerator.is_main_process:
@@ -386,6 +403,8 @@ class Trainer:
         self.heads_optimizer.load_state_dict(state["heads_optimizer"])
         self.loader.load_state_dict(own["data"])
         self.generator.set_state(own["generator"])
+        if "features_generator" in own:
+            self.add.discriminator.features.generator.set_state(own["features_generator"])
         torch.set_rng_state(own["torch"])
         self.step, self.skipped, self.nonfinite = state["step"], own["skipped"], own["nonfinite"]
         self.won.extend(own["won"])
@@ -417,7 +436,7 @@ class Trainer:
             grids = pictures.validation(self.add.student, self.backbone, self.settings)
         if self.sharded:  # a forward without a backward leaves the root's weights gathered: those of the average
             self.network.reshard()
-        grids["targets"] = pictures.targets(batch, half, self.add.teacher, self.settings)
+        grids["targets"] = pictures.targets(batch, half, self.add, self.settings)
         if self.accelerator.is_main_process:
             pictures.write(grids, self.folder / "pictures", self.step)
             for tracker in self.accelerator.trackers:

@@ -364,6 +364,10 @@ def test_r1_does_not_differentiate_the_features():
     assert (r1(heads(tokens), tokens) > 0).all()
 
 
+class LatentFeatures(TinyFeatures):
+    space = "diffused"
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 ERRORS = {
@@ -378,6 +382,10 @@ ERRORS = {
     "augment": (
         lambda: Discriminator(TinyFeatures(), DiscriminatorHeads([4, 6]), ["color", "flip"]),
         ["augment='flip'", "'color'", "'translation'", "'cutout'"],
+    ),
+    "DiffAugment in the student's space": (
+        lambda: Discriminator(LatentFeatures(), DiscriminatorHeads([4, 6]), ("color",)),
+        ["augment=('color',)", "student's space", "()"],
     ),
 }
 

@@ -11,8 +11,8 @@ from transformers import Dinov2Config
 
 from add import Student, ddim
 from full import random_weights
-from full.backbones import Backbone, make_student_denoiser, make_teacher, same_latents
-from full.features import TextFeatures, load_vit
+from full.backbones import Backbone, UNet, make_student_denoiser, make_teacher, same_latents
+from full.features import TeacherEncoder, TextFeatures, encode, load_vit
 from full.settings import Settings
 
 CPU, T = torch.device("cpu"), torch.tensor([0, 1, 249, 499, 749, 998, 999])
@@ -143,3 +143,32 @@ def test_random_weights_are_a_checkpoint_of_the_sizes_named(tmp_path, monkeypatc
     assert backbone.text(["a", "b"])["encoder_hidden_states"].shape == (2, 77, 32)
     assert len(load_vit(str(tmp_path / "dinov2-l"), torch.float32, "c-img").encoder.layer) == 4
     assert TextFeatures(str(tmp_path / "ViT-g-14"), torch.float32, CPU).width == 1024
+
+
+def test_the_encoder_gives_what_the_whole_unet_computes_on_its_way(backbone):
+    unet, seen = backbone.pipe.unet, []
+    for block in (*unet.down_blocks, unet.mid_block):
+        block.register_forward_hook(lambda block, _, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    cond = cond_of(backbone, len(T))
+    UNet(unet)(draw(1), T, cond)
+    expected, seen[:] = list(seen), []
+    found = encode(unet, draw(1), T, cond)
+    assert len(found) == len(expected) == len(unet.down_blocks) + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_teacher_as_f_reads_latents_draws_by_its_own_generator_and_lets_gradients_through(backbone, teacher):
+    def null(n):
+        return cond_of(backbone, n)
+
+    torch.manual_seed(0)
+    z, encoders = draw(2, 5).requires_grad_(), [TeacherEncoder(teacher, null, seed, CPU) for seed in (0, 0, 1)]
+    before = torch.get_rng_state()
+    maps = [encoder(z) for encoder in encoders]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [x.shape[2] for x in maps[0]] == encoders[0].channels and {len(x) for x in maps[0]} == {5}
+    assert all(torch.equal(a, b) for a, b in zip(maps[0], maps[1], strict=True))
+    assert not torch.equal(maps[0][0], maps[2][0]) and not torch.equal(maps[0][0], encoders[0](z)[0])
+    sum(x.square().sum() for x in maps[0]).backward()
+    assert (z.grad.flatten(1).norm(dim=1) > 0).all()
+    assert not list(encoders[0].parameters()) and all(p.grad is None for p in teacher.parameters())

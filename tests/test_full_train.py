@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoints as tiny
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoPipelineForText2Image, UNet2DConditionModel
 
 from add import Student
 from flags import from_dict
@@ -140,6 +140,24 @@ def test_every_variant_of_the_method_runs(checkpoints, tmp_path, more):
     assert all(row["r1"] > 0 for row in log_of(tmp_path))
 
 
+@pytest.mark.parametrize("backbone, space", [("sd15", "latent"), ("sdxl", "latent"), ("v", "pixel")])
+def test_with_the_teachers_encoder_as_f_nothing_is_decoded_for_the_discriminator(checkpoints, tmp_path, monkeypatch, backbone, space):
+    decode, calls = AutoencoderKL.decode, []
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z, *a, **k: (calls.append(len(z)), decode(vae, z, *a, **k))[1])
+    train(checkpoints, tmp_path, backbone=backbone, space=space, features="teacher", vae_slicing="false")
+    assert bool(calls) == (space == "pixel")
+    assert all(row["r1"] > 0 and row["gradient_adversarial"] > 0 and row["gradient_distillation"] > 0 for row in log_of(tmp_path))
+
+
+def test_the_teachers_encoder_resumes_with_its_own_draws(checkpoints, tmp_path):
+    whole = train(checkpoints, tmp_path / "whole", steps=4, save_every=2, features="teacher", space="latent", validate_every=2)
+    train(checkpoints, tmp_path / "cut", steps=2, save_every=2, features="teacher", space="latent")
+    cut = train(checkpoints, tmp_path / "cut", "--resume", "auto", steps=4, save_every=2, features="teacher", space="latent")
+    a, b = weights(whole), weights(cut)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "whole" / "pictures" / "targets_0000004.png").exists()
+
+
 def test_lora_trains_adapters_and_is_merged_into_the_pipeline(checkpoints, tmp_path):
     pipeline = train(checkpoints, tmp_path, lora_rank=2)
     before, after = weights(checkpoints / "sd15"), weights(pipeline)
@@ -245,6 +263,7 @@ MISTAKES = {
     "unknown choice": ({"weight": "sdss"}, ["--weight sdss", "exponential"]),
     "features": ({"features": "/nowhere"}, ["--features /nowhere"]),
     "c_text": ({"c_text": "/nowhere"}, ["--c-text /nowhere"]),
+    "F of other latents": ({"features": "teacher", "teacher": "SDXL"}, ["--features teacher", "other latents"]),
     "random LoRA": ({"init": "random", "lora_rank": 4}, ["--lora-rank 4", "--init random"]),
     "resolution": ({"resolution": 60}, ["--resolution 60", "multiple of 8"]),
     "features size": ({"features_size": 30}, ["--features-size 30", "14"]),
@@ -256,7 +275,7 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_line(checkpoints, tmp_path, capsys, monkeypatch, change, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = [x for k, v in change.items() if k.startswith("--") for x in (k, v)]
-    settings = {k: v for k, v in change.items() if not k.startswith("--")}
+    settings = {k: checkpoints / "sdxl" if v == "SDXL" else v for k, v in change.items() if not k.startswith("--")}
     assert run.main([*flags(checkpoints, tmp_path, **settings), *more]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("full/run.py: ") and all(word in message for word in words), message

@@ -515,6 +515,21 @@ def test_student_works_in_its_own_space_and_the_discriminator_in_pixels():
     assert torch.equal(reals, batch.x_0) and torch.equal(half.pixels, fakes)
 
 
+@pytest.mark.parametrize("space", ["pixel", "diffused"])
+def test_features_of_the_students_space_see_what_it_diffuses(space):
+    """encode(x) = 2x: F sees x̂_θ and 2 x_0. Nothing is decoded, unless the distance is taken in pixels."""
+    model, batch, decoded = make_add(space=space), make_batch(32), []
+    for denoiser in (model.student.denoiser, model.teacher):
+        denoiser.encode, denoiser.decode = (lambda x: 2 * x), (lambda z: decoded.append(len(z)) or z / 2)
+    model.discriminator.space = "diffused"
+    before = snapshot(model.student)
+    half = model.step(batch, *optimizers(model), generator(1))
+    fakes, reals = (images for images, _ in model.discriminator.features.calls)
+    assert torch.equal(fakes, half.x_hat) and torch.equal(reals, 2 * batch.x_0)
+    assert decoded == ([32, 32] if space == "pixel" else []) and (half.pixels is None) == (space == "diffused")
+    assert half.log["gradient_adversarial"] > 0 and half.log["gradient_distillation"] > 0 and moved(model.student, before)
+
+
 def test_a_clipped_estimate_is_what_heads_and_teacher_get():
     model, batch = make_add(), make_batch(32)
     model.student.denoiser.clip = lambda x: x.clamp(-0.1, 0.1)
