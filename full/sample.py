@@ -63,6 +63,15 @@ def load_pipeline(kind, name, dtype, flag="--pipeline"):
     return pipe
 
 
+def place(kind, arguments):
+    """kind's pipeline of --pipeline, on --device and in --dtype, or their defaults. ValueError."""
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    return load_pipeline(kind, arguments.pipeline, dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")]).to(device)
+
+
 def schedule_length(steps, strength):
     """How many timesteps a schedule needs for its last share of `strength` to have `steps`: 1 and 0.5 → 2."""
     n = int(steps / strength)
@@ -102,11 +111,7 @@ def sample(arguments):
         raise ValueError(f"--steps {arguments.steps}, --count {arguments.count}: must be at least 1")
     if not 0 < arguments.strength <= 1:
         raise ValueError(f"--strength {arguments.strength}: must be within (0, 1]")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    kind = AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image
-    dtype = dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")]
-    pipe = load_pipeline(kind, arguments.pipeline, dtype).to(device)
+    pipe = place(AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image, arguments)
     strength = arguments.strength if arguments.image else 1.0
     call = call_of(pipe, arguments.pipeline, arguments.steps, strength=strength)
     if arguments.image:
@@ -122,7 +127,7 @@ def sample(arguments):
         for prompt in prompts:
             for _ in range(arguments.count):
                 number = len(paths)
-                generator = torch.Generator(device).manual_seed(arguments.seed + number)
+                generator = torch.Generator(pipe.device).manual_seed(arguments.seed + number)
                 picture = pipe(prompt, generator=generator, **call).images[0]
                 paths.append(arguments.out / f"{number:04d}.png")
                 picture.save(paths[-1])
