@@ -48,7 +48,7 @@ def make_page(draw, steps):
             prompt = gradio.Textbox(PROMPTS[0], label="prompt", scale=4)
             number = gradio.Radio(list(range(1, steps + 1)), value=1, label="steps")
             seed = gradio.Number(0, precision=0, label="seed")
-        image = gradio.Image(label="image", format="png", interactive=False)
+        image = gradio.Image(show_label=False, format="png", interactive=False)
         seconds = gradio.Textbox(label="time", interactive=False)
         # While an image is drawn, only the newest change waits.
         changes = [page.load, prompt.change, number.change, seed.change]

@@ -76,7 +76,8 @@ def make_page(draw, classes, steps):
         with gradio.Row():
             for who in ("student", "teacher, 50 steps"):
                 with gradio.Column():
-                    outputs += [gradio.Image(label=who, format="png", interactive=False), gradio.Textbox(label="time", interactive=False)]
+                    gradio.Markdown(who)
+                    outputs += [gradio.Image(show_label=False, format="png", interactive=False), gradio.Textbox(label="time", interactive=False)]
         changes = [page.load, name.change, number.change, seed.change]
         gradio.on(changes, draw, [name, number, seed], outputs, trigger_mode="always_last", show_progress="hidden")
     return page
