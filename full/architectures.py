@@ -147,6 +147,10 @@ class MetaBackbone(Backbone):
         embeds = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": outputs[1].text_embeds}}
 
+    def read_unet(self, settings):
+        """A U-Net of the same shape: there are no weights to read."""
+        return UNet2DConditionModel.from_config(self.pipe.unet.config)
+
     def load_tiny_decoder(self, name):
         """TAESD for SD and SDXL, which is diffusers' default AutoencoderTiny, or a folder's."""
         with META:

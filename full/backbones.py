@@ -133,13 +133,16 @@ class Backbone:
 
     # Parts for add.py ------------------------------------------------------------------------------------------------
 
-    def load_student_unet(self, settings):
-        """A trainable U-Net in float32: the checkpoint's, or of the same shape and random; with LoRA if asked for."""
+    def read_unet(self, settings):
+        """A U-Net in float32: the checkpoint's, or of the same shape and random."""
         if settings.init == "random":
-            unet = UNet2DConditionModel.from_config(self.pipe.unet.config)
-        else:
-            variant = {"variant": settings.variant} if settings.variant else {}
-            unet = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=torch.float32, **variant)
+            return UNet2DConditionModel.from_config(self.pipe.unet.config)
+        variant = {"variant": settings.variant} if settings.variant else {}
+        return UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=torch.float32, **variant)
+
+    def load_student_unet(self, settings):
+        """A trainable U-Net, with LoRA if asked for."""
+        unet = self.read_unet(settings)
         unet.register_to_config(sample_size=settings.resolution // 8)  # what the saved pipeline draws by default
         if settings.lora_rank:
             from peft import LoraConfig

@@ -133,8 +133,7 @@ class DryRun(Trainer):
     cuda: the optimisers work as on CUDA, on all tensors at once; else as on CPUs."""
 
     def __init__(self, settings, whole_gradients=False, cuda=True):
-        # Random weights, for there are none; what else is changed here changes no shape.
-        settings = dataclasses.replace(settings, init="random", zero_snr="false", features_crop=0.0)
+        settings = dataclasses.replace(settings, zero_snr="false", features_crop=0.0)  # which change no shape
         self.settings, self.device, self.step, self.generator = settings, META, 0, None
         self.whole_gradients, self.meter, frozen = whole_gradients, None, DTYPES[settings.precision]
         self.accelerator = SimpleNamespace(
@@ -229,10 +228,11 @@ class DryRun(Trainer):
     # Measuring -------------------------------------------------------------------------------------------------------
 
     def frozen(self):
-        """Every network that has no gradient. A student's backbone keeps its U-Net even where another one teaches."""
+        """Every network that has no gradient. Of the U-Nets only the teacher's is kept."""
         networks = [self.add.discriminator.features, *(latents.decoder for latents in self.latents)]
         networks += [self.image_features, self.text_features and self.text_features.network]
-        networks += [n for b in (self.backbone, self.teacher_backbone) for n in (b.pipe.unet, b.pipe.vae, *b.texts)]
+        networks += [self.teacher_backbone.pipe.unet]
+        networks += [n for b in (self.backbone, self.teacher_backbone) for n in (b.pipe.vae, *b.texts)]
         return [n for n in networks if n]
 
     def measure(self, batch):
@@ -261,7 +261,8 @@ class DryRun(Trainer):
             _, half = self.iteration([inputs])
         for hook in hooks:
             hook.remove()
-        return self.meter.flops, self.meter.peaks, {"half": size_of(vars(half)), "inputs": size_of(vars(inputs))}
+        handed = {name: x for name, x in vars(half).items() if x is not inputs.x_0}
+        return self.meter.flops, self.meter.peaks, {"half": size_of(handed), "inputs": size_of(vars(inputs))}
 
 
 def adam(kind, parameters, foreach):
