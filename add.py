@@ -718,7 +718,7 @@ class ADD(nn.Module):
         x_hat, pixels = x_hat.detach(), None if pixels is None else pixels.detach()
         return StudentHalf(loss, s, t, x_hat, pixels, real, target, fake_tokens, c_text, c_img, log)
 
-    def discriminator_half(self, batch, student_half, generator=None):
+    def discriminator_half(self, student_half, generator=None):
         """L_adv^D (Eq. 3), a scalar, and its log; its backward moves the heads alone."""
         with torch.no_grad():
             real_tokens = self.discriminator.tokens(student_half.real, generator)
@@ -744,7 +744,7 @@ class ADD(nn.Module):
         """
         half = self.student_half(batch, generator)
         half.log["gradient_student"] = descend(half.loss, student_optimizer, "student")
-        loss, log = self.discriminator_half(batch, half, generator)
+        loss, log = self.discriminator_half(half, generator)
         half.log["gradient_heads"] = descend(loss, heads_optimizer, "discriminator")
         half.log |= log | {"student_loss": half.loss.detach(), "discriminator_loss": loss.detach()}
         return half

@@ -225,9 +225,9 @@ class Trainer:
                 accelerator.backward(half.loss / n)
             half.loss = half.loss.detach()
             half.log |= {name: n * x for name, x in half.log.items() if name.startswith("gradient")}  # of the loss itself
-        for i, (batch, half) in enumerate(zip(batches, halves, strict=True)):
+        for i, half in enumerate(halves):
             heads.train(i == 0)
-            loss, log = self.add.discriminator_half(batch, half, self.generator)
+            loss, log = self.add.discriminator_half(half, self.generator)
             (loss / n).backward()
             logs.append(half.log | log | {"student_loss": half.loss, "discriminator_loss": loss.detach()})
         self.average_heads()

@@ -70,7 +70,7 @@ def test_student_half_has_gradients_for_the_student_alone(config):
 def test_discriminator_half_has_gradients_for_the_heads_alone(config):
     model, batch = make_add(**config), make_batch()
     half = model.student_half(batch, generator())
-    model.discriminator_half(batch, half)[0].backward()
+    model.discriminator_half(half)[0].backward()
     for name, p in model.discriminator.heads.named_parameters():
         assert p.grad is not None and (p.grad.abs().max() > 1e-9 or p.ndim == 1), name  # BIASES
     for part in (model.student, model.discriminator.features, model.teacher):
@@ -162,7 +162,7 @@ def test_r1_stops_at_the_heads_input():
     model, batch = make_add(gamma=1.0), make_batch()
     model.discriminator.features = NoBackward(model.discriminator.features).eval()
     half = model.student_half(batch, generator())
-    loss, log = model.discriminator_half(batch, half)
+    loss, log = model.discriminator_half(half)
     loss.backward()
     assert log["r1"] > 0 and all(g is not None for g in gradients(model.discriminator.heads))
     with pytest.raises(AssertionError, match="differentiated"):
@@ -235,7 +235,7 @@ def test_lambda_and_gamma_weigh_their_terms():
         half = model.student_half(batch, generator())
         assert half.log["adversarial"].abs() > 1e-3 and half.log["distillation"] > 1e-3
         torch.testing.assert_close(half.loss, half.log["adversarial"] + value * half.log["distillation"])
-        loss, log = model.discriminator_half(batch, half)
+        loss, log = model.discriminator_half(half)
         torch.testing.assert_close(loss, log["hinge"] + value * log["r1"])
         assert (log["r1"] > 0) == (value > 0)  # not even computed when it has no weight
 
@@ -245,7 +245,7 @@ def test_real_features_carry_a_graph_only_where_r1_needs_it(gamma):
     model, batch = make_add(gamma=gamma), make_batch()
     half, seen, heads = model.student_half(batch, generator()), [], model.discriminator.heads.forward
     model.discriminator.heads.forward = lambda x, *c: seen.append([y.requires_grad for y in x]) or heads(x, *c)
-    model.discriminator_half(batch, half)
+    model.discriminator_half(half)
     assert seen == [[gamma > 0] * 2, [False] * 2]  # reals, fakes
 
 
@@ -354,7 +354,7 @@ def test_reals_and_fakes_are_augmented_and_the_fakes_once():
     (fakes, _), = model.discriminator.features.calls
     assert (fakes - half.pixels).abs().amax((1, 2, 3)).min() > 1e-3
     g = generator(5)
-    model.discriminator_half(batch, half, g)
+    model.discriminator_half(half, g)
     _, (reals, _) = model.discriminator.features.calls
     torch.testing.assert_close(reals, AUGMENTATIONS["color"](batch.x_0, generator(5)))
     for got, expected in zip(half.fake_tokens, model.discriminator.features(fakes), strict=True):
@@ -394,10 +394,10 @@ def test_external_loop_with_gradient_accumulation():
         drawn.append(draws(model, part, generator(i)))
         half = model.student_half(part, generator(i))
         (half.loss / 2).backward()
-        halves.append((part, half))
+        halves.append(half)
     accumulated = gradients(model.student)
-    for part, half in halves:
-        (model.discriminator_half(part, half)[0] / 2).backward()
+    for half in halves:
+        (model.discriminator_half(half)[0] / 2).backward()
     accumulated_heads = gradients(model.discriminator.heads)
     assert_gradients_close(accumulated, gradients(model.student), 0, 0)
 
