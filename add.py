@@ -116,9 +116,10 @@ class NoiseSchedule(nn.Module):
             raise ValueError(f"t has shape {tuple(t.shape)} and type {t.dtype}; expected (B,) integers")
         if self.alpha.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the schedule is {self.alpha.dtype}; it needs float32: cast denoiser.network alone")
-        low, high = torch.stack(t.aminmax()).tolist() if len(t) else (0, 0)  # one wait for the device, not two
-        if not 0 <= low <= high < len(self):
-            raise ValueError(f"t={low}…{high} is out of range; this schedule has t = 0…{len(self) - 1}")
+        if t.device.type == "cpu" and len(t):  # elsewhere it would wait for the device, whose indexing has its own check
+            low, high = t.min().item(), t.max().item()
+            if not 0 <= low <= high < len(self):
+                raise ValueError(f"t={low}…{high} is out of range; this schedule has t = 0…{len(self) - 1}")
         return _column(self.alpha[t]), _column(self.sigma[t])
 
     def diffuse(self, x_0, noise, t):
@@ -221,11 +222,12 @@ class Student(nn.Module):
         if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= T:
             raise ValueError(f"timesteps={tuple(timesteps)} must rise strictly within 0…{T - 1}")
         self.denoiser, self.timesteps = denoiser, tuple(timesteps)
+        self.register_buffer("tau", torch.tensor(self.timesteps), persistent=False)
 
     def draw_timesteps(self, n, device=None, generator=None):
         """(n,) timesteps s, uniform over T_student."""
         drawn = torch.randint(len(self.timesteps), (n,), device=device, generator=generator)
-        return torch.tensor(self.timesteps, device=device)[drawn]
+        return self.tau.to(device)[drawn]
 
     def is_terminal(self, s):
         """(B,) booleans: s = τ_n, where the input holds nothing of x_0."""
@@ -612,18 +614,26 @@ def _tap(x, log, name):
     return x
 
 
-def descend(loss, optimizer, name, clip=math.inf):
-    """A step of the optimiser on a loss; returns the gradient's norm, which is clipped to `clip`.
-
-    FloatingPointError, which names what it was, if loss or gradient is not finite: then no weight has moved.
-    """
+def backward(loss, optimizer, clip=math.inf):
+    """Gives the optimiser's parameters their gradient, clipped to the norm `clip`; returns the norm before that."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+
+
+def update(optimizer, name, loss, norm):
+    """A step of the optimiser. FloatingPointError, which names what it was, if the loss or the norm of its gradient is
+    not finite: then no weight has moved."""
     for what, value in (("loss", loss.detach()), ("gradient", norm)):
         if not value.isfinite():
             raise FloatingPointError(f"{name} {what} is {value.item()}")
     optimizer.step()
+
+
+def descend(loss, optimizer, name, clip=math.inf):
+    """backward, then update; returns the norm of the gradient."""
+    norm = backward(loss, optimizer, clip)
+    update(optimizer, name, loss, norm)
     return norm
 
 

@@ -153,6 +153,7 @@ def be_deterministic():
     """Only algorithms that give the same bits every time; before CUDA's first use."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def peak_memory(device):

@@ -396,8 +396,8 @@ def test_the_student_starts_as_the_teacher_without_its_dropout():
 
 
 def test_add_is_given_the_batches_as_they_come_mirrored_if_asked(tmp_path, monkeypatch):
-    images, labels, seen, step = torch.rand(16, 1, 8, 8), torch.arange(16) % 3, [], ADD.step
-    monkeypatch.setattr(ADD, "step", lambda self, batch, *rest: seen.append(batch) or step(self, batch, *rest))
+    images, labels, seen, half = torch.rand(16, 1, 8, 8), torch.arange(16) % 3, [], ADD.student_half
+    monkeypatch.setattr(ADD, "student_half", lambda self, batch, *rest: seen.append(batch) or half(self, batch, *rest))
     own = Settings(flip="true", distil_steps=3, distil_batch=6, distil_head_width=8, precision="fp32")
     data, teacher = Dataset("noise", images, labels, images, labels, ("a", "b", "c")), make_teacher()
     distil(tmp_path, data, own, teacher, toy_features.TeacherEncoder(teacher, 0), torch.device("cpu"), "key")

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student, backward, update
 from checkpoints import one_line, read, write
 from flags import from_dict
 from toy.data import Batches
+from toy.graphs import recorded
 from toy.loop import GeneratorState, TrainingError, make_ema, run_loop, warm_up_then_decay
 from toy.networks import has_bf16
 from toy.settings import Settings
@@ -68,24 +70,40 @@ def distil(folder, data, settings, teacher, features, device, key):
     add = build_add(student, teacher, features, classes, settings, device)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
-    betas = (settings.distil_beta1, 0.99)
-    student_optimizer = torch.optim.Adam(network.parameters(), lr=settings.distil_student_lr, betas=betas)
-    heads_optimizer = torch.optim.Adam(heads.parameters(), lr=settings.distil_heads_lr, betas=betas)
+    adam = partial(torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=device.type == "cuda")
+    student_optimizer = adam(network.parameters(), settings.distil_student_lr)
+    heads_optimizer = adam(heads.parameters(), settings.distil_heads_lr)
     lr = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
         for optimizer in (student_optimizer, heads_optimizer)
     ]
-    batches = Batches(data.train_images, data.train_labels, settings.distil_batch, settings.seed + 4, settings.flip == "true")
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, settings.flip == "true")
     generator = torch.Generator(device).manual_seed(settings.seed + 4)
+    generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
+
+    # ADD.step in its two halves, each of which a GPU records.
+    @recorded(device, generators, modules=[heads])
+    def student_half(images, labels):
+        half = add.student_half(make_batch(images, labels, features, classes, settings), generator)
+        half.log["gradient_student"] = backward(half.loss, student_optimizer)
+        return half
+
+    @recorded(device, generators, modules=[heads])
+    def discriminator_half(half):
+        loss, log = add.discriminator_half(half, generator)
+        log["gradient_heads"] = backward(loss, heads_optimizer)
+        return loss, log | {"hinge_per_head": log["hinge"] / len(heads)}
 
     def step(i):
-        images, labels = (x.to(device) for x in next(batches))
-        batch = make_batch(images, labels, features, classes, settings)
-        log = add.step(batch, student_optimizer, heads_optimizer, generator).log
+        half = student_half(*next(batches))
+        update(student_optimizer, "student", half.loss, half.log["gradient_student"])
+        loss, log = discriminator_half(half)
+        update(heads_optimizer, "discriminator", loss, log["gradient_heads"])
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
-        return log | {"hinge_per_head": log["hinge"] / len(heads)}
+        return half.log | log | {"student_loss": half.loss, "discriminator_loss": loss}
 
     parts = {
         "student": network, "ema": ema, "heads": heads, "student_optimizer": student_optimizer,

@@ -124,10 +124,11 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
                 raise bad(i, error) from error
             window.skipped += 1
             return
-        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist() if values else []
-        if not all(finite):  # something other than a loss or its gradient, seen when the step is done
-            raise bad(i, ", ".join(f"{k} is {v.item()}" for (k, v), good in zip(values.items(), finite, strict=True) if not good))
-        window.pending.append({k: v.detach().cpu() for k, v in values.items()})  # as a resumed run has them
+        if values:  # all of them in one copy from the device
+            values = dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).cpu(), strict=True))
+        if infinite := [f"{k} is {v.item()}" for k, v in values.items() if not v.isfinite()]:
+            raise bad(i, ", ".join(infinite))  # something other than a loss or its gradient, seen when the step is done
+        window.pending.append(values)
 
     def bad(i, what):
         last = f"{path} is of step {saved_step}" if saved_step is not None else "none was written yet"

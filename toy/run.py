@@ -106,6 +106,7 @@ def run(arguments, given):
         if not 1 <= arguments.threads <= 1024:
             raise ValueError(f"--threads {arguments.threads}: must be from 1 to 1024")
         torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.benchmark = True  # the shapes never change
     if settings.deterministic:
         be_deterministic()
     began = time.time()

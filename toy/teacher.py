@@ -2,8 +2,9 @@
 
 import torch
 
-from add import Denoiser, NoiseSchedule, descend
+from add import Denoiser, NoiseSchedule, backward, update
 from toy.data import Batches, to_float
+from toy.graphs import recorded
 from toy.loop import GeneratorState, make_ema, run_loop, warm_up_then_decay
 from toy.networks import UNet
 
@@ -58,13 +59,14 @@ def train_teacher(folder, data, settings, device, key):
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
     ema = make_ema(network, settings.teacher_batch, settings.teacher_ema)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.teacher_lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=device.type == "cuda")
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
-    batches = Batches(data.train_images, data.train_labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true")
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    batches = Batches(images, labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true")
     generator = torch.Generator(device).manual_seed(settings.seed + 3)
 
-    def step(i):
-        images, labels = (x.to(device) for x in next(batches))
+    @recorded(device, generators=[generator])
+    def gradient(images, labels):
         x_0 = denoiser.encode(images)
         t = torch.randint(len(schedule), (len(x_0),), device=device, generator=generator)
         noise = torch.randn(x_0.shape, device=device, generator=generator)
@@ -72,7 +74,11 @@ def train_teacher(folder, data, settings, device, key):
         output = network(schedule.diffuse(x_0, noise, t), t, labels.masked_fill(dropped, classes))
         target = training_target(x_0, noise, *schedule.coefficients(t), denoiser.prediction)
         loss = (output - target).square().mean()
-        norm = descend(loss, optimizer, "teacher", clip=1.0)
+        return loss, backward(loss, optimizer, clip=1.0)
+
+    def step(i):
+        loss, norm = gradient(*next(batches))
+        update(optimizer, "teacher", loss, norm)
         lr.step()
         ema.update_parameters(network)
         return {"loss": loss.detach(), "gradient": norm}

@@ -1,0 +1,92 @@
+"""What only a GPU shows: python -m pytest -m gpu -n 0"""
+
+import json
+
+import pytest
+import torch
+
+from toy import distil, graphs, run, teacher
+
+pytestmark = pytest.mark.gpu
+TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cuda", "--precision", "fp32", "--deterministic", "true"]
+
+
+def weights(folder):
+    return torch.load(folder / "distil" / "student.pt", weights_only=True, map_location="cpu")["network"]
+
+
+def train(folder, *flags):
+    assert run.main([*TINY, "--out", str(folder), *flags]) == 0
+    return weights(folder)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    return folder, train(folder)
+
+
+def test_a_recorded_step_draws_and_trains_as_one_that_is_not(recorded, tmp_path, monkeypatch):
+    for module in (distil, teacher):
+        monkeypatch.setattr(module, "recorded", lambda *args, **kwargs: lambda function: function)
+    slow = train(tmp_path)
+    for name, w in recorded[1].items():
+        torch.testing.assert_close(w, slow[name], rtol=1e-3, atol=1e-4)
+    for stage in ("teacher", "distil"):
+        states = [torch.load(f / stage / "checkpoint.pt", weights_only=False) for f in (recorded[0], tmp_path)]
+        assert torch.equal(*(s["generator"]["state"] for s in states))
+
+
+def test_deterministic_runs_are_equal_to_the_bit(recorded, tmp_path):
+    again = train(tmp_path)
+    assert all(torch.equal(w, again[name]) for name, w in recorded[1].items())
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(recorded, tmp_path, monkeypatch):
+    steps = []
+
+    class Interrupted(Exception):
+        pass
+
+    def update(*arguments):
+        steps.append(1)
+        if len(steps) == 8:
+            raise Interrupted
+        return real(*arguments)
+
+    real = distil.update
+    monkeypatch.setattr(distil, "update", update)
+    with pytest.raises(Interrupted):
+        run.main([*TINY, "--out", str(tmp_path), "--checkpoint-seconds", "0"])
+    monkeypatch.setattr(distil, "update", real)
+    again = train(tmp_path, "--resume")
+    assert all(torch.equal(w, again[name]) for name, w in recorded[1].items())
+
+
+def test_a_step_that_is_not_finite_ends_a_recorded_run(tmp_path, capsys):
+    assert run.main([*TINY, "--out", str(tmp_path), "--distil-lambda", "1e38"]) == 2
+    assert "is nan" in (err := capsys.readouterr().err) or "is inf" in err
+
+
+def test_a_recorded_function_is_replayed_with_new_arguments_and_new_draws():
+    device, calls = torch.device("cuda"), []
+    generator = torch.Generator(device).manual_seed(0)
+
+    @graphs.recorded(device, [generator])
+    def noisy(x):
+        calls.append(1)
+        return x + torch.randn(x.shape, device=device, generator=generator)
+
+    zeros = [noisy(torch.zeros(1000, device=device)).clone() for _ in range(3)]
+    one = noisy(torch.ones(1000, device=device)).clone()
+    assert len(calls) == graphs.WARM_UP + 1
+    assert not torch.equal(zeros[0], zeros[1]) and one.mean().item() == pytest.approx(1, abs=0.15)
+    same = torch.Generator(device).manual_seed(0)
+    for x in zeros:
+        assert torch.equal(x, torch.randn(1000, device=device, generator=same))
+
+
+def test_the_log_counts_memory_of_the_gpu(recorded):
+    text = (recorded[0] / "distil" / "log.csv").read_text().splitlines()
+    row = dict(zip(text[0].split(","), text[-1].split(","), strict=True))
+    assert float(row["memory_gib"]) > 0 and json.loads((recorded[0] / "results.json").read_text())["results"]["n"] == 64
