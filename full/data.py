@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from images import to_rgb
+from common.images import to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TOLD = 10  # bad samples that a reading process names

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from add import ADD, Discriminator, DiscriminatorHeads, Student
+from common.augment import Augmented
 from full.architectures import META, MetaBackbone, MetaTextFeatures, vit
 from full.backbones import Float32Conv2d, make_student_denoiser, make_teacher
 from full.train import DTYPES, Ema, Trainer
@@ -179,7 +180,9 @@ class DryRun(Trainer):
             text_dim=self.text_features.width if self.text_features else 0,
             image_dim=self.image_features.width if self.image_features else 0,
         )  # fmt: skip
-        return Discriminator(features, heads.to(META), s.augment)  # late: spectral norm starts with many small steps
+        self.features = features
+        augmented = Augmented(features, s.augment) if s.augment else features
+        return Discriminator(augmented, heads.to(META))  # late: spectral norm starts with many small steps
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from flags import add_flags, check_choices, flag, option
+from common.flags import add_flags, check_choices, flag, option
 from full.sample import DTYPES, call_of, load_pipeline
 
 CAPTIONS = "annotations/captions_val2017.json"

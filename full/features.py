@@ -5,9 +5,9 @@ from einops import rearrange
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
-from add import readout
+from common.features import noised, readout
+from common.images import resize
 from full.backbones import LOAD_ERRORS, BackboneError, first_line
-from images import resize
 
 IMAGE_NETWORKS = {
     "dinov2-s": "facebook/dinov2-small",
@@ -101,7 +101,7 @@ class TeacherEncoder(nn.Module):
     Calling it gives token maps [(B, N_k, C_k)]. The draws have a generator of their own, which checkpoints hold.
     """
 
-    space, T_MAX = "diffused", 600
+    space = "latent"
 
     def __init__(self, teacher, null, seed, device):
         super().__init__()
@@ -111,11 +111,10 @@ class TeacherEncoder(nn.Module):
         self.generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
     def forward(self, latents):
-        t = torch.randint(self.T_MAX, (len(latents),), device=latents.device, generator=self.generator)
-        noise = torch.randn(latents.shape, device=latents.device, generator=self.generator)
+        x_t, t = noised(self.teacher.schedule, latents, self.generator)
         unet = self.teacher.network.unet
-        x_t = self.teacher.schedule.diffuse(latents, noise, t).to(unet.dtype)
-        return [rearrange(x.float(), "b c h w -> b (h w) c") for x in encode(unet, x_t, t, self.null(len(latents)))]
+        maps = encode(unet, x_t.to(unet.dtype), t, self.null(len(latents)))
+        return [rearrange(x.float(), "b c h w -> b (h w) c") for x in maps]
 
 
 def unit_scale(x):

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from checkpoints import be_deterministic, stop_on_signals, write_text
-from flags import add_flags, from_dict
+from common.checkpoints import be_deterministic, stop_on_signals, write_text
+from common.flags import add_flags, from_dict
 from full.settings import Settings
 
 

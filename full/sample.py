@@ -142,7 +142,7 @@ def main(argv=None):
     try:
         paths = sample(arguments)
     except (ValueError, OSError) as error:
-        from checkpoints import one_line
+        from common.checkpoints import one_line
 
         print(f"full/sample.py: {one_line(error)}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from flags import check_choices, check_limits, flag, option, show
+from common.flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE = (1, 10**9), (0, 1), (1e-12, 1e3)
 

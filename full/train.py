@@ -23,7 +23,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
-from checkpoints import (
+from common.augment import Augmented
+from common.checkpoints import (
     CheckpointError,
     Stopped,
     one_line,
@@ -35,6 +36,7 @@ from checkpoints import (
     write,
     write_text,
 )
+from common.health import heads_log, student_log, watch
 from full import backbones, data, export, pictures
 from full.features import TeacherEncoder, TextFeatures, VisionTransformer, load_vit
 from full.settings import NFSD_NEGATIVE
@@ -112,6 +114,7 @@ class Trainer:
         self.device, rank = accelerator.device, accelerator.process_index
         frozen = DTYPES[settings.precision]
         self.loader = data.make_loader(settings, rank, accelerator.num_processes)  # first: mistakes there are cheap
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed * 100_003 + rank)
         torch.manual_seed(settings.seed)
 
         self.backbone = backbones.Backbone(settings.backbone, frozen, self.device, settings.variant)
@@ -156,7 +159,6 @@ class Trainer:
                 torch.distributed.broadcast(tensor.data, 0)
         self.heads_optimizer = torch.optim.Adam(heads.parameters(), lr=settings.heads_lr, betas=betas)
         torch.manual_seed(settings.seed * 100_003 + rank)  # F's crops
-        self.generator = torch.Generator(self.device).manual_seed(settings.seed * 100_003 + rank)
         self.skipped, self.nonfinite, self.batches = 0, 0, None
         self.won = deque(maxlen=200)  # of the last iterations: had the discriminator won?
 
@@ -187,14 +189,16 @@ class Trainer:
             image_dim=self.image_features.width if self.image_features else 0,
             hidden=settings.head_width or None,
         )
-        return Discriminator(features, heads, settings.augment)
+        self.features = features
+        augmented = Augmented(features, settings.augment, self.generator) if settings.augment else features
+        return Discriminator(augmented, heads)
 
     def _make_config(self, shared):
         s = self.settings
         return ADDConfig(
             lambda_=s.lambda_, gamma=s.gamma, weight=s.weight, teacher_steps=s.teacher_steps, shared_latents=shared,
             guidance=s.guidance[0] if len(s.guidance) == 1 else s.guidance,
-            space={"pixel": "pixel", "latent": "diffused"}[s.space],
+            space=s.space,
         )  # fmt: skip
 
     # One iteration ---------------------------------------------------------------------------------------------------
@@ -222,14 +226,16 @@ class Trainer:
             heads.train(i == 0)  # one power iteration of the spectral norm for all micro-batches, as for a whole batch
             with contextlib.nullcontext() if i == n - 1 else accelerator.no_sync(self.network):
                 halves.append(half := self.add.student_half(batch, self.generator))
+                gradients = watch(half)
                 accelerator.backward(half.loss / n)
-            half.loss = half.loss.detach()
-            half.log |= {name: n * x for name, x in half.log.items() if name.startswith("gradient")}  # of the loss itself
+            half.loss, half.views = half.loss.detach(), {}
+            log = student_log(half, len(self.add.teacher.schedule)) | {"student_loss": half.loss}
+            logs.append(log | {name: n * x for name, x in gradients.items()})  # of the loss itself
         for i, half in enumerate(halves):
             heads.train(i == 0)
-            loss, log = self.add.discriminator_half(half, self.generator)
-            (loss / n).backward()
-            logs.append(half.log | log | {"student_loss": half.loss, "discriminator_loss": loss.detach()})
+            other = self.add.discriminator_half(half)
+            (other.loss / n).backward()
+            logs[i] |= heads_log(other) | {"discriminator_loss": other.loss.detach()}
         self.average_heads()
         norm = accelerator.clip_grad_norm_(self.trained, settings.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm, device=self.device)
@@ -317,7 +323,7 @@ class Trainer:
             "data": self.loader.state_dict(), "generator": self.generator.get_state(), "torch": torch.get_rng_state(),
             "skipped": self.skipped, "nonfinite": self.nonfinite, "won": list(self.won),
         }  # fmt: skip
-        if generator := getattr(self.add.discriminator.features, "generator", None):
+        if generator := getattr(self.features, "generator", None):
             own["features_generator"] = generator.get_state()
         failed = None
         try:
@@ -404,7 +410,7 @@ class Trainer:
         self.loader.load_state_dict(own["data"])
         self.generator.set_state(own["generator"])
         if "features_generator" in own:
-            self.add.discriminator.features.generator.set_state(own["features_generator"])
+            self.features.generator.set_state(own["features_generator"])
         torch.set_rng_state(own["torch"])
         self.step, self.skipped, self.nonfinite = state["step"], own["skipped"], own["nonfinite"]
         self.won.extend(own["won"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CheckpointError
+from common.checkpoints import CheckpointError
 from full import run, train
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import add
-from flags import from_dict
+from common.flags import from_dict
 from full import run, train
 from full.settings import Settings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, read_last, write, write_text
+from common.checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, read_last, write, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = {"weights": torch.arange(1000.0), "step": 3, "rows": [{"loss": 0.5}], "names": ["a", "ß"], "none": None}
@@ -120,7 +120,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_checkpoint(path):
 WRITER = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from checkpoints import write
+from common.checkpoints import write
 step = 0
 while True:
     step += 1
@@ -158,7 +158,7 @@ def test_the_first_signal_waits_and_the_second_stops(number, code, capfd):
 def test_a_signal_is_kept_though_nobody_reads_what_it_says():
     """Ctrl-C on `python toy/run.py 2>&1 | tee log` ends tee first."""
     code = (
-        "import os, signal\nfrom checkpoints import postponed_signals\n"
+        "import os, signal\nfrom common.checkpoints import postponed_signals\n"
         "with postponed_signals() as received:\n    signal.raise_signal(signal.SIGINT)\n"
         "print(received == [signal.SIGINT])"
     )

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, AutoPipelineForText2Image, UNet2DConditionModel
 
 from add import Student
-from flags import from_dict
+from common.flags import from_dict
 from full import run, sample
 from full.backbones import Backbone, make_student_denoiser
 from full.settings import Settings

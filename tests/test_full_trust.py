@@ -21,8 +21,8 @@ from test_checkpoints import Bomb
 from test_full_train import checkpoints, flags, log_of, train, weights  # noqa: F401  (a fixture)
 from test_toy_trust import assert_takes_a_value_or_names_itself, kill_while_it_writes, on_a_small_disk, same
 
-import checkpoints as storage
-from checkpoints import read, write
+from common import checkpoints as storage
+from common.checkpoints import read, write
 from full import data, run, sample
 from full import train as training
 from full.settings import Settings

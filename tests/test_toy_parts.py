@@ -12,9 +12,9 @@ from hypothesis import given, settings, strategies
 from torch import nn
 
 from add import ADD, Denoiser, Discriminator, DiscriminatorHeads, NoiseSchedule, Student, ddim
-from checkpoints import read
-from flags import from_dict
-from images import resize
+from common.checkpoints import read
+from common.flags import from_dict
+from common.images import resize
 from toy import features as toy_features
 from toy.data import Batches, Dataset
 from toy.distil import distil, make_student

@@ -20,8 +20,8 @@ from test_checkpoints import Bomb
 from test_toy_parts import rows_of
 from test_toy_run import STAGES, TINY, call, finished, main_in_process  # noqa: F401  (finished is a fixture)
 
-from checkpoints import read, read_last, write
-from flags import add_flags, flag, from_dict, show
+from common.checkpoints import read, read_last, write
+from common.flags import add_flags, flag, from_dict, show
 from toy import data, distil, features, metrics, run, sample, teacher
 from toy.settings import Settings
 
@@ -166,7 +166,7 @@ def on_a_small_disk(folder, size, command, resume):
     alone = ["unshare", "--mount", "--map-root-user"]
     if not shutil.which("unshare") or subprocess.run([*alone, "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    look = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoints, pathlib
+    look = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); from common import checkpoints; import pathlib
 for file in sorted(pathlib.Path({str(folder)!r}).rglob("*.pt*")):
     checkpoints.verify(file)
     print(file.relative_to({str(folder)!r}))"""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from images import to_rgb
+from common.images import to_rgb
 
 NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 

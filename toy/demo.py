@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CheckpointError, one_line, read_last
+from common.checkpoints import CheckpointError, one_line, read_last
 from toy.distil import load_student
 from toy.loop import TrainingError
 from toy.pictures import tile

@@ -1,4 +1,4 @@
-"""Distils the teacher into a student with add.py: the plain loop around ADD.step."""
+"""Distils the teacher into a student with add.py."""
 
 import copy
 import dataclasses
@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student, backward, update
-from checkpoints import one_line, read, write
-from flags import from_dict
+from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from common.augment import Augmented
+from common.checkpoints import one_line, read, write
+from common.flags import from_dict
+from common.health import heads_log, student_log, watch
 from toy.data import Batches
 from toy.graphs import recorded
-from toy.loop import GeneratorState, TrainingError, make_ema, run_loop, warm_up_then_decay
+from toy.loop import GeneratorState, TrainingError, backward, make_ema, run_loop, update, warm_up_then_decay
 from toy.networks import has_bf16
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
@@ -28,8 +30,8 @@ def make_student(teacher, settings):
     return Student(denoiser, settings.distil_timesteps)
 
 
-def build_add(student, teacher, features, classes, settings, device):
-    """add.ADD with fresh heads, one for each token map of F."""
+def build_add(student, teacher, features, classes, settings, device, generator=None):
+    """add.ADD with fresh heads, one for each token map of F; the generator draws augmentations."""
     heads = DiscriminatorHeads(
         features.channels,
         text_dim=classes if settings.distil_c_text else 0,
@@ -45,7 +47,9 @@ def build_add(student, teacher, features, classes, settings, device):
         guidance=settings.distil_guidance,
         teacher_steps=settings.distil_teacher_steps,
     )
-    return ADD(student, teacher, Discriminator(features, heads, settings.distil_augment), config).to(device).train()
+    if settings.distil_augment:
+        features = Augmented(features, settings.distil_augment, generator)
+    return ADD(student, teacher, Discriminator(features, heads), config).to(device).train()
 
 
 def make_batch(images, labels, features, classes, settings):
@@ -67,7 +71,8 @@ def distil(folder, data, settings, teacher, features, device, key):
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     student = make_student(teacher, settings)
-    add = build_add(student, teacher, features, classes, settings, device)
+    generator = torch.Generator(device).manual_seed(settings.seed + 4)
+    add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
     adam = partial(torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=device.type == "cuda")
@@ -79,31 +84,32 @@ def distil(folder, data, settings, teacher, features, device, key):
     ]
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, settings.flip == "true")
-    generator = torch.Generator(device).manual_seed(settings.seed + 4)
     generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
 
     # ADD.step in its two halves, each of which a GPU records.
     @recorded(device, generators, modules=[heads])
     def student_half(images, labels):
         half = add.student_half(make_batch(images, labels, features, classes, settings), generator)
-        half.log["gradient_student"] = backward(half.loss, student_optimizer)
-        return half
+        gradients = watch(half)
+        norm = backward(half.loss, student_optimizer)
+        log = {"student_loss": half.loss, "gradient_student": norm}
+        return half, log | student_log(half, len(teacher.schedule)) | gradients
 
     @recorded(device, generators, modules=[heads])
-    def discriminator_half(half):
-        loss, log = add.discriminator_half(half, generator)
-        log["gradient_heads"] = backward(loss, heads_optimizer)
-        return loss, log | {"hinge_per_head": log["hinge"] / len(heads)}
+    def discriminator_half(student):
+        half = add.discriminator_half(student)
+        norm, log = backward(half.loss, heads_optimizer), heads_log(half)
+        return log | {"discriminator_loss": half.loss, "gradient_heads": norm, "hinge_per_head": log["hinge"] / len(heads)}
 
     def step(i):
-        half = student_half(*next(batches))
-        update(student_optimizer, "student", half.loss, half.log["gradient_student"])
-        loss, log = discriminator_half(half)
-        update(heads_optimizer, "discriminator", loss, log["gradient_heads"])
+        half, log = student_half(*next(batches))
+        update(student_optimizer, "student", log["student_loss"], log["gradient_student"])
+        log |= discriminator_half(half)
+        update(heads_optimizer, "discriminator", log["discriminator_loss"], log["gradient_heads"])
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
-        return half.log | log | {"student_loss": half.loss, "discriminator_loss": loss}
+        return log
 
     parts = {
         "student": network, "ema": ema, "heads": heads, "student_optimizer": student_optimizer,

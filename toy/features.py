@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from add import descend, readout
-from images import resize
+from common.features import noised, readout
+from common.images import resize
 from toy.data import Batches
-from toy.loop import GeneratorState, run_loop
+from toy.loop import GeneratorState, descend, run_loop
 from toy.networks import ResidualBlock, ViT
 
 NOISE = 0.6  # most that an F which denoises is shown
@@ -26,8 +26,6 @@ class TeacherEncoder(nn.Module):
     they are, their heads would cost more than all the others together, and without them one step is softer.
     """
 
-    T_MAX = 600  # of 1000: beyond, little of an image is left to judge
-
     def __init__(self, teacher, seed):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
@@ -37,21 +35,19 @@ class TeacherEncoder(nn.Module):
         self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
         self.width = self.channels[-1]
 
-    def _maps(self, images, noise, t):
-        x_t = self.teacher.schedule.diffuse(self.teacher.encode(images), noise, t)
+    def _maps(self, x_t, t):
         return self.teacher.network.encode(x_t, t, torch.full_like(t, self.teacher.network.classes))
 
     def forward(self, images):
-        t = torch.randint(self.T_MAX, (len(images),), device=images.device, generator=self.generator)
-        noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=self.generator)
-        maps = self._maps(images, noise, t)
+        maps = self._maps(*noised(self.teacher.schedule, self.teacher.encode(images), self.generator))
         maps[: self.finest] = [F.pixel_unshuffle(x, 2) for x in maps[: self.finest]]
         return [rearrange(x, "b c h w -> b (h w) c") for x in maps]
 
     def summary(self, images):
         """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B, width)."""
         t = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        return self._maps(images, torch.zeros_like(images), t)[-1].mean((2, 3))
+        x_t = self.teacher.schedule.diffuse(self.teacher.encode(images), torch.zeros_like(images), t)
+        return self._maps(x_t, t)[-1].mean((2, 3))
 
 
 def make_features(folder, data, settings, device, key):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import time
 
@@ -9,7 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
+from common.checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
 
 
 class TrainingError(Exception):
@@ -35,6 +36,29 @@ CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ f
 def device_at_work():
     """The one whose memory the log tells."""
     return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+
+
+def backward(loss, optimizer, clip=math.inf):
+    """Give the optimiser's parameters their gradient, clipped to a norm; returns its norm before that."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+
+
+def update(optimizer, name, loss, norm):
+    """A step of the optimiser. FloatingPointError, which says of what, if the loss or the norm of its gradient is not
+    finite: then no weight has moved."""
+    for what, value in (("loss", loss.detach()), ("gradient", norm)):
+        if not value.isfinite():
+            raise FloatingPointError(f"{name} {what} is {value.item()}")
+    optimizer.step()
+
+
+def descend(loss, optimizer, name, clip=math.inf):
+    """backward and update; returns the norm of the gradient."""
+    norm = backward(loss, optimizer, clip)
+    update(optimizer, name, loss, norm)
+    return norm
 
 
 class Log:

@@ -6,9 +6,8 @@ None of them is FID: the feature space is this toy's own, so values compare only
 import torch
 import torch.nn.functional as F
 
-from add import descend
 from toy.data import Batches, to_float
-from toy.loop import run_loop
+from toy.loop import descend, run_loop
 from toy.networks import MetricNet
 
 NEIGHBOURS = 5  # k of the k-NN precision and recall

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from add import readout
+from common.features import readout
 
 
 def has_bf16(device):
@@ -156,7 +156,7 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """A plain ViT; calling it gives token maps [(B, N, width)]: after the patch embedding, then after each block.
 
-    Images (B, channels, size, size) in [-1, 1]. N = (size / patch)²; the class token is read out (add.readout).
+    Images (B, channels, size, size) in [-1, 1]. N = (size / patch)²; the class token is read out (readout).
     """
 
     def __init__(self, channels=1, size=32, patch=4, width=96, depth=4, heads=4):

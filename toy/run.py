@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CheckpointError, Stopped, be_deterministic, one_line, peak_memory, read_last, stop_on_signals, write_text
-from flags import add_flags, from_dict
+from common.checkpoints import CheckpointError, Stopped, be_deterministic, one_line, peak_memory, read_last, stop_on_signals, write_text
+from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student

@@ -35,7 +35,7 @@ def dpm_solver(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
         return (alpha / sigma).log()
 
     for i, t in enumerate(timesteps):
-        x_0, _ = denoiser(x_t, t, cond, guidance, null_cond)
+        x_0 = denoiser(x_t, t, cond, guidance, null_cond)
         if i + 1 == len(timesteps):
             return x_0
         extrapolated = x_0

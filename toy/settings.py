@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from flags import check_choices, check_limits, flag, option, show
+from common.flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 

@@ -1,12 +1,28 @@
 """Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an EMA."""
 
+import math
+
 import torch
 
-from add import Denoiser, NoiseSchedule, backward, update
+from add import Denoiser, NoiseSchedule
 from toy.data import Batches, to_float
 from toy.graphs import recorded
-from toy.loop import GeneratorState, make_ema, run_loop, warm_up_then_decay
+from toy.loop import GeneratorState, backward, make_ema, run_loop, update, warm_up_then_decay
 from toy.networks import UNet
+
+
+def linear_schedule(T=1000, beta_start=1e-4, beta_end=0.02):
+    """β linear in t (Ho et al. 2020)."""
+    return NoiseSchedule.from_betas(torch.linspace(beta_start, beta_end, T))
+
+
+def cosine_schedule(T=1000, offset=0.008):
+    """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)) (Nichol & Dhariwal 2021)."""
+    f = torch.cos(math.pi / 2 * (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)) ** 2
+    return NoiseSchedule.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999).float())
+
+
+SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "linear": linear_schedule, "cosine": cosine_schedule}
 
 
 class Standardize:
@@ -38,7 +54,7 @@ class Standardize:
 
 def make_denoiser(channels, classes, settings, standardize):
     """An untrained class-conditional U-Net with the noise schedule of the settings."""
-    schedule = getattr(NoiseSchedule, settings.teacher_schedule)()
+    schedule = SCHEDULES[settings.teacher_schedule]()
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
     bf16 = settings.precision == "bf16"
