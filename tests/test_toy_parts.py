@@ -24,7 +24,7 @@ from toy.networks import MetricNet, ResidualBlock, UNet, ViT, has_bf16
 from toy.report import goals
 from toy.samplers import dpm_solver, sample_student, sample_teacher, trailing_timesteps
 from toy.settings import PRESETS, STAGES, Settings, stage_key
-from toy.teacher import Standardize, make_denoiser, training_target
+from toy.teacher import Standardize, cosine_schedule, make_denoiser, training_target
 
 # Metrics -------------------------------------------------------------------------------------------------------------
 
@@ -238,13 +238,12 @@ def test_settings_survive_json_and_unknown_ones_are_refused():
 
 
 def test_training_targets_are_what_the_denoiser_reads_back():
-    schedule, x_0, noise = NoiseSchedule.cosine(), torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    schedule, x_0, noise = cosine_schedule(), torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
     t = torch.tensor([1, 200, 500, 900])
     for prediction in ("epsilon", "v", "x_0"):
         target = training_target(x_0, noise, *schedule.coefficients(t), prediction)
-        x_hat, eps_hat = Denoiser(lambda *_, target=target: target, schedule, prediction)(
-            schedule.diffuse(x_0, noise, t), t, None
-        )
+        denoiser = Denoiser(lambda *_, target=target: target, schedule, prediction)
+        x_hat, eps_hat = denoiser.predict(schedule.diffuse(x_0, noise, t), t, None)
         torch.testing.assert_close(x_hat, x_0, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(eps_hat, noise, atol=1e-4, rtol=1e-4)
 
@@ -358,7 +357,7 @@ def test_the_teachers_encoder_gives_its_maps_of_the_diffused_image_and_passes_gr
     discriminator = Discriminator(encoder, DiscriminatorHeads(encoder.channels, hidden=8)).train()
     assert not any(m.training for m in encoder.modules()) and not any(p.requires_grad for p in encoder.parameters())
     images, network, schedule = torch.rand(3, 1, 16, 16), encoder.teacher.network, encoder.teacher.schedule
-    tokens, g, nobody = discriminator.tokens(images.requires_grad_()), torch.Generator().manual_seed(9), torch.full((3,), 3)
+    tokens, g, nobody = discriminator.features(images.requires_grad_()), torch.Generator().manual_seed(9), torch.full((3,), 3)
     assert [x.shape for x in tokens] == [(3, 16, 32), (3, 16, 16), (3, 16, 16)] and encoder.channels == [32, 16, 16]
     t, z = torch.randint(600, (3,), generator=g), (images + 0.5) / 0.7
     maps = network.encode(schedule.diffuse(z, torch.randn(z.shape, generator=g), t), t, nobody)
@@ -372,13 +371,13 @@ def test_the_teachers_encoder_gives_its_maps_of_the_diffused_image_and_passes_gr
 
 def test_the_encoders_draws_are_its_own_generators_and_spread_over_t_below_600():
     encoder, images = toy_features.TeacherEncoder(make_teacher(), seed=0), torch.rand(8, 1, 4, 4)
-    state, adds, seen = encoder.generator.get_state(), torch.Generator().manual_seed(1), []
+    state, seen = encoder.generator.get_state(), []
     for seed in (1, 2, 3):
         if seed < 3:
             encoder.generator.set_state(state)
-        torch.manual_seed(seed)
-        seen.append(Discriminator(encoder, nn.ModuleList()).tokens(images, adds.manual_seed(seed)))
-        assert torch.rand(1, generator=adds) == torch.rand(1)  # neither has been drawn from
+        before = torch.manual_seed(seed).get_state()
+        seen.append(Discriminator(encoder, nn.ModuleList()).features(images))
+        assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn from the default one
     assert all(map(torch.equal, seen[0], seen[1])) and not any(map(torch.equal, seen[1], seen[2]))
     drawn, diffuse = [], encoder.teacher.schedule.diffuse
     encoder.teacher.schedule.diffuse = lambda x, noise, t: drawn.append(t) or diffuse(x, noise, t)
@@ -390,9 +389,9 @@ def test_the_student_starts_as_the_teacher_without_its_dropout():
     teacher = make_teacher(dropout=0.5).requires_grad_(False)
     student = make_student(teacher, Settings()).train()
     inputs = torch.randn(2, 1, 16, 16), torch.tensor([249, 999]), torch.tensor([0, 3])
-    assert torch.equal(student(*inputs), teacher.eval()(*inputs)[0])
+    assert torch.equal(student(*inputs), teacher.eval()(*inputs))
     assert all(p.requires_grad for p in student.parameters())
-    assert (teacher.train()(*inputs)[0] - student(*inputs)).abs().max() > 1e-3  # the teacher has kept its own
+    assert (teacher.train()(*inputs) - student(*inputs)).abs().max() > 1e-3  # the teacher has kept its own
 
 
 def test_add_is_given_the_batches_as_they_come_mirrored_if_asked(tmp_path, monkeypatch):
@@ -444,12 +443,12 @@ def test_dpm_solvers_third_step_as_the_paper_writes_it():
     steps = [torch.tensor([t]) for t in (950, 600, 40)]
     alpha, sigma = schedule.alpha[[950, 600, 40]], schedule.sigma[[950, 600, 40]]
     h = (alpha / sigma).log().diff()
-    x_0 = denoiser(z, steps[0], None)[0]
+    x_0 = denoiser(z, steps[0], None)
     x = sigma[1] / sigma[0] * z - alpha[1] * (torch.exp(-h[0]) - 1) * x_0
-    r, later = h[0] / h[1], denoiser(x, steps[1], None)[0]
+    r, later = h[0] / h[1], denoiser(x, steps[1], None)
     d = (1 + 1 / (2 * r)) * later - 1 / (2 * r) * x_0
     x = sigma[2] / sigma[1] * x - alpha[2] * (torch.exp(-h[1]) - 1) * d
-    torch.testing.assert_close(dpm_solver(denoiser, z, steps, None), denoiser(x, steps[2], None)[0])
+    torch.testing.assert_close(dpm_solver(denoiser, z, steps, None), denoiser(x, steps[2], None))
 
 
 def test_dpm_solver_is_ddim_where_there_is_nothing_to_extrapolate_from():
@@ -460,7 +459,7 @@ def test_dpm_solver_is_ddim_where_there_is_nothing_to_extrapolate_from():
             return x_t * (1 - t / 1000)[:, None, None, None]
 
     z = torch.randn(2, 1, 2, 2)
-    plain, zero = (Denoiser(Half(), s, "x_0") for s in (NoiseSchedule.cosine(), NoiseSchedule.cosine().zero_terminal_snr()))
+    plain, zero = (Denoiser(Half(), s, "x_0") for s in (cosine_schedule(), cosine_schedule().zero_terminal_snr()))
     for denoiser, steps, same in ((plain, [700], True), (plain, [700, 90], True), (zero, [999, 500, 20], True), (zero, [998, 500, 20], False)):
         steps = [torch.full((2,), t) for t in steps]
         assert torch.allclose(dpm_solver(denoiser, z, steps, None), ddim(denoiser, z, steps, None), atol=1e-6) is same
