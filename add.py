@@ -565,13 +565,12 @@ class ADD(nn.Module):
         elif not config.shared_latents:
             with torch.no_grad():
                 latents = teacher.encode(x)
-        n, device = len(latents), latents.device
         T = len(teacher.schedule) - teacher.schedule.has_zero_terminal_snr  # α_T = 0 hides x̂_θ
-        t = torch.randint(T, (n,), device=device, generator=generator)
+        t = torch.randint(T, (len(latents),), device=latents.device, generator=generator)
         noise = randn_like(latents, generator)
         guidance = config.guidance
         if isinstance(guidance, tuple):
-            guidance = torch.empty(n, device=device).uniform_(*guidance, generator=generator)
+            guidance = torch.empty(len(t), device=t.device).uniform_(*guidance, generator=generator)
         target = reconstruction_target(
             teacher, latents.detach(), noise, t,
             batch.cond if batch.teacher_cond is None else batch.teacher_cond,
