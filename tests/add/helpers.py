@@ -1,30 +1,45 @@
-"""What the tests of add.py share: networks small enough to check by hand, and the paper's step written naively."""
+"""What the tests of add.py share: networks small enough to check by hand, and the paper's step
+written naively."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from add import ADD, ADDConfig, Batch, Denoiser, Discriminator, DiscriminatorHeads, NoiseSchedule, Student
+from add import (
+    ADD,
+    ADDConfig,
+    Batch,
+    Denoiser,
+    Discriminator,
+    DiscriminatorHeads,
+    NoiseSchedule,
+    Student,
+)
+from common.augment import Augmented
 
 COND, TEXT, IMAGE = 3, 4, 5  # widths of the networks' condition, c_text and c_img
 
 
 def sd_schedule():
-    """Stable Diffusion's schedule in float64 throughout: α² + σ² = 1 to 1e-16, where a float32 one has 1e-7."""
-    return NoiseSchedule.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
+    """Stable Diffusion's schedule in float64 throughout: α² + σ² = 1 to 1e-16, where a float32 one
+    has 1e-7."""
+    root = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    return NoiseSchedule.from_betas(root**2)
 
 
 class TinyNet(nn.Module):
-    """network(x_t, t, cond), smooth and nonlinear in all three. `calls` lists (t, was gradient on?, x_t)."""
+    """network(x_t, t, cond), smooth and nonlinear in all three. `calls` lists (t, was gradient on?,
+    x_t)."""
 
     def __init__(self, channels=3, hidden=4, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.into, self.out = nn.Conv2d(channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 1)
+        self.into = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.out = nn.Conv2d(hidden, channels, 1)
         self.norm = nn.Identity()
         self.cond = nn.Linear(COND + 1, hidden)
         self.calls = []
@@ -36,7 +51,8 @@ class TinyNet(nn.Module):
 
 
 class TinyFeatures(nn.Module):
-    """F: (B, 3, H, W) → token maps (B, HW, 4) and (B, HW/4, 6). `calls` lists (images, was gradient on?)."""
+    """F: (B, 3, H, W) → token maps (B, HW, 4) and (B, HW/4, 6). `calls` lists (images, was gradient
+    on?)."""
 
     def __init__(self, seed=1):
         super().__init__()
@@ -62,7 +78,8 @@ class _Forbidden(torch.autograd.Function):
 
 
 class NoBackward(nn.Module):
-    """A network whose outputs (a tensor, or a list) must not be differentiated: its backward raises."""
+    """A network whose outputs (a tensor, or a list) must not be differentiated: its backward
+    raises."""
 
     def __init__(self, network):
         super().__init__()
@@ -70,12 +87,26 @@ class NoBackward(nn.Module):
 
     def forward(self, *inputs):
         out = self.network(*inputs)
-        return [_Forbidden.apply(x) for x in out] if isinstance(out, list) else _Forbidden.apply(out)
+        if isinstance(out, list):
+            return [_Forbidden.apply(x) for x in out]
+        return _Forbidden.apply(out)
 
 
-def make_add(*, schedule=None, student="v", teacher="epsilon", augment=(), timesteps=(249, 499, 749, 999), **config):
-    """A whole ADD in float64, its networks trained on nothing; student and teacher predict different things."""
+def make_add(
+    *,
+    schedule=None,
+    student="v",
+    teacher="epsilon",
+    augment=(),
+    timesteps=(249, 499, 749, 999),
+    **config,
+):
+    """A whole ADD in float64, its networks trained on nothing; student and teacher predict
+    different things. Augmentations, if any, are drawn from generator(7)."""
     schedule = schedule or sd_schedule()
+    features = TinyFeatures()
+    if augment:
+        features = Augmented(features, augment, generator(7))
     teacher_network = TinyNet(seed=3)
     teacher_network.norm = nn.BatchNorm2d(4)  # has something to move, were it ever in train mode
     torch.manual_seed(4)
@@ -83,7 +114,7 @@ def make_add(*, schedule=None, student="v", teacher="epsilon", augment=(), times
     return ADD(
         Student(Denoiser(TinyNet(seed=2), schedule, student), timesteps),
         Denoiser(teacher_network, schedule, teacher),
-        Discriminator(TinyFeatures(), heads, augment),
+        Discriminator(features, heads),
         ADDConfig(**config),
     ).double()
 
@@ -95,9 +126,11 @@ def make_batch(n=8, seed=0, side=4):
         return torch.randn(shape, dtype=torch.float64, generator=g)
 
     return Batch(
-        torch.tanh(randn(n, 3, side, side)), randn(n, COND), randn(n, COND), randn(n, COND), randn(n, COND),
-        randn(n, TEXT), randn(n, IMAGE),
-    )  # fmt: skip
+        torch.tanh(randn(n, 3, side, side)),
+        *(randn(n, COND) for _ in range(4)),
+        c_text=randn(n, TEXT),
+        c_img=randn(n, IMAGE),
+    )
 
 
 def generator(seed=0):
@@ -123,7 +156,7 @@ def moved(module, before):
     return [name for name, x in module.state_dict().items() if not torch.equal(x, before[name])]
 
 
-# The paper again, from its equations and from nothing of add.py but the networks and the two columns α, σ.
+# The paper again, from its equations: of add.py it takes the networks and the columns α, σ alone.
 
 
 def read_output(prediction, output, x_t, a, s):
@@ -170,12 +203,14 @@ def naive_student_loss(model, batch, s, noise, t, noise_2):
         output = model.teacher.network(x_t, t, batch.teacher_cond)
         target = read_output(model.teacher.prediction, output, x_t, a, sigma)[0]
     distillation = (a.flatten() * ((x_hat - target) ** 2).mean((1, 2, 3))).mean()
-    logits = model.discriminator.heads(model.discriminator.features(x_hat), batch.c_text, naive_c_img(model, batch, s))
+    tokens = model.discriminator.features(x_hat)
+    logits = model.discriminator.heads(tokens, batch.c_text, naive_c_img(model, batch, s))
     return -sum(x.mean() for x in logits) + model.config.lambda_ * distillation
 
 
 def assert_refused(wrong, parts):
-    """wrong() raises a ValueError whose message has every part: the argument, its value, what is allowed."""
+    """wrong() raises a ValueError whose message has every part: the argument, its value, what is
+    allowed."""
     with pytest.raises(ValueError) as error:
         wrong()
     assert [part for part in parts if part not in str(error.value)] == []
@@ -186,11 +221,13 @@ def naive_discriminator_loss(model, batch, s, noise):
     with torch.no_grad():
         fakes = naive_student(model, batch, s, noise)
     c = batch.c_text, naive_c_img(model, batch, s)
-    real_tokens = [x.detach().requires_grad_() for x in model.discriminator.features(batch.x_0)]
+    features, heads = model.discriminator.features, model.discriminator.heads
+    real_tokens = [x.detach().requires_grad_() for x in features(batch.x_0)]
     with parametrize.cached():  # both under one spectral norm, which moves with every other call
-        real = model.discriminator.heads(real_tokens, *c)
-        fake = model.discriminator.heads([x.detach() for x in model.discriminator.features(fakes)], *c)
-    hinge = sum(F.relu(1 - x).mean() for x in real) + sum(F.relu(1 + x).mean() for x in fake)
+        real = heads(real_tokens, *c)
+        fake = heads([x.detach() for x in features(fakes)], *c)
+    hinge = sum(functional.relu(1 - x).mean() for x in real)
+    hinge = hinge + sum(functional.relu(1 + x).mean() for x in fake)
     penalty = 0
     for logits, tokens in zip(real, real_tokens, strict=True):
         (g,) = torch.autograd.grad(logits.sum(), tokens, create_graph=True)
@@ -199,24 +236,33 @@ def naive_discriminator_loss(model, batch, s, noise):
 
 
 def naive_head(head, tokens, c_text=None, c_img=None):
-    """One discriminator head from its weights, the local batch norm from torch's own on each group of 8."""
+    """One discriminator head from its weights, the local batch norm from torch's own on each group
+    of 8."""
 
     def conv(layer, x):
         k = layer.weight.shape[-1] // 2
-        return F.conv1d(F.pad(x, (k, k), mode="circular"), layer.weight, layer.bias)
+        padded = functional.pad(x, (k, k), mode="circular")
+        return functional.conv1d(padded, layer.weight, layer.bias)
 
     def norm(layer, x):
-        groups = x.split(8)
-        return torch.cat([F.batch_norm(g, None, None, layer.weight, layer.bias, training=True) for g in groups])
+        scale, shift = layer.weight, layer.bias
+        groups = [
+            functional.batch_norm(g, None, None, scale, shift, training=True) for g in x.split(8)
+        ]
+        return torch.cat(groups)
 
-    h = F.leaky_relu(norm(head.first[1], conv(head.first[0], tokens.transpose(1, 2))), 0.2)
-    r = F.leaky_relu(norm(head.residual[1], conv(head.residual[0], h)), 0.2)
+    def block(layers, x):
+        return functional.leaky_relu(norm(layers[1], conv(layers[0], x)), 0.2)
+
+    h = block(head.first, tokens.transpose(1, 2))
+    r = block(head.residual, h)
     h = conv(head.last, (h + r) / math.sqrt(2))
     if not head.conditional:
         return h[:, 0]
     projection = head.unconditional[None]
     if c_text is not None:
-        projection = projection + c_text @ head.from_text.weight.T / math.sqrt(c_text.shape[1])
+        projection = projection + c_text @ head.maps["c_text"].T / math.sqrt(c_text.shape[1])
     if c_img is not None:
-        projection = projection + c_img @ head.from_image.weight.T / math.sqrt(c_img.shape[1])
-    return torch.einsum("bcn,bc->bn", h, projection.expand(len(h), -1)) / math.sqrt(head.last.weight.shape[0])
+        projection = projection + c_img @ head.maps["c_img"].T / math.sqrt(c_img.shape[1])
+    logits = torch.einsum("bcn,bc->bn", h, projection.expand(len(h), -1))
+    return logits / math.sqrt(head.last.weight.shape[0])
