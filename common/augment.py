@@ -1,4 +1,5 @@
-"""DiffAugment (Zhao et al. 2020): differentiable augmentation of what a discriminator sees, real and generated alike."""
+"""DiffAugment (Zhao et al. 2020): differentiable augmentation of what a discriminator sees, real
+and generated alike."""
 
 import torch
 from torch import nn

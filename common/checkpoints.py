@@ -1,5 +1,5 @@
-"""Checkpoints that are whole or not there, read without running anything; signals that wait for a step's end; the
-memory that a log tells. toy/ and full/ share them."""
+"""Checkpoints that are whole or not there, read without running anything; signals that wait for a
+step's end; the memory that a log tells. toy/ and full/ share them."""
 
 import errno
 import os
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-TRAILER = b"\nADD checkpoint 1 "  # behind what torch.save wrote, then eight hex digits of its CRC-32; torch.load ignores it
+# Behind what torch.save wrote, with eight hex digits of its CRC-32 after it; torch.load ignores it.
+TRAILER = b"\nADD checkpoint 1 "
 
 
 class CheckpointError(Exception):
@@ -21,11 +22,15 @@ class CheckpointError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM: once what was under way has been saved or, on a second one, at once. .code is the exit code that
-    says which signal."""
+    """SIGINT or SIGTERM: once what was under way has been saved or, on a second one, at once. .code
+    is the exit code that says which signal."""
 
     def __init__(self, number, unsaved=False):
-        super().__init__(f"a second {signal.Signals(number).name}, unsaved" if unsaved else signal.Signals(number).name)
+        super().__init__(
+            f"a second {signal.Signals(number).name}, unsaved"
+            if unsaved
+            else signal.Signals(number).name
+        )
         self.code = 128 + number
 
 
@@ -54,7 +59,8 @@ def sync_folder(folder):
 
 @contextmanager
 def _replacing(path, keep=False):
-    """A file to write in binary, which takes path's place when it is wholly on the disk; keep: as PATH.previous."""
+    """A file to write in binary, which takes path's place when it is wholly on the disk; keep: as
+    PATH.previous."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -89,8 +95,9 @@ def one_line(error):
 
 
 def write(path, state):
-    """torch.save, complete on the disk under a temporary name before it takes the place of the one that was there. What
-    was there before stays as PATH.previous. CheckpointError where nothing could be written: then both are untouched."""
+    """torch.save, complete on the disk under a temporary name before it takes the place of the one
+    that was there. What was there before stays as PATH.previous. CheckpointError where nothing
+    could be written: then both are untouched."""
     path = Path(path)
     try:
         with _replacing(path, keep=True) as file:
@@ -98,7 +105,9 @@ def write(path, state):
             torch.save(state, summing)
             file.write(TRAILER + b"%08x" % summing.sum)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {explain(error)}; the checkpoint before it is intact") from error
+        raise CheckpointError(
+            f"{path}: cannot be written: {explain(error)}; the checkpoint before it is intact"
+        ) from error
 
 
 def write_text(path, text):
@@ -108,7 +117,8 @@ def write_text(path, text):
 
 
 def verify(path):
-    """CheckpointError if the file is not what write() left there: torn, damaged, or another's. OSError."""
+    """CheckpointError if the file is not what write() left there: torn, damaged, or another's.
+    OSError."""
     with open(path, "rb") as file:
         left, total = max(0, os.path.getsize(path) - len(TRAILER) - 8), 0
         while block := file.read(min(left, 1 << 20)):
@@ -121,8 +131,9 @@ def verify(path):
 
 
 def read(path, device="cpu", mmap=False, check=True):
-    """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any other, or a torn, file. With
-    mmap, tensors stay on the disk until they are used; check=False trusts a file that was verified before."""
+    """What write() saved: tensors and plain values, nothing that runs. CheckpointError for any
+    other, or a torn, file. With mmap, tensors stay on the disk until they are used; check=False
+    trusts a file that was verified before."""
     try:
         if check:
             verify(path)
@@ -132,8 +143,9 @@ def read(path, device="cpu", mmap=False, check=True):
 
 
 def read_last(path, device="cpu"):
-    """The checkpoint of that name or, if it cannot be read, the one before it, after a line that says so. None where
-    neither is there. CheckpointError where there are some and none can be read."""
+    """The checkpoint of that name or, if it cannot be read, the one before it, after a line that
+    says so. None where neither is there. CheckpointError where there are some and none can be
+    read."""
     failed = None
     for candidate in (Path(path), Path(f"{path}.previous")):
         if candidate.exists():
@@ -166,19 +178,24 @@ def peak_memory(device):
 
 @contextmanager
 def postponed_signals():
-    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, and says so, that no step is cut in half; a
-    second one stops at once."""
+    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, and says so, that
+    no step is cut in half; a second one stops at once."""
     received = []
 
     def handler(number, frame):
         if received:
             raise Stopped(number, unsaved=True)
         received.append(number)
-        # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed the pipe's other end, too.
+        # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed
+        # the pipe's other end, too.
+        name = signal.Signals(number).name
+        words = f"\n{name}: saving after this step; once more stops at once, unsaved\n"
         with suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more stops at once, unsaved\n".encode())
+            os.write(2, words.encode())
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:

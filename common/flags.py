@@ -1,5 +1,5 @@
-"""A frozen dataclass of settings is the defaults, the command line, --help, config.json and the header of a log: what
-toy/ and full/ both need to make it so."""
+"""A frozen dataclass of settings is the defaults, the command line, --help, config.json and the
+header of a log: what toy/ and full/ both need to make it so."""
 
 import argparse
 import dataclasses
@@ -9,9 +9,12 @@ NUMBERS = (0, 10**9)  # what a number may be unless its option says otherwise
 
 
 def option(default, help, choices=(), limits=NUMBERS):
-    """A dataclass field with a default, the text that --help shows, and the values that are allowed: one of the choices
-    (none: any), numbers within the limits, both included, and so each number of a tuple."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
+    """A dataclass field with a default, the text that --help shows, and the values that are
+    allowed: one of the choices (none: any), numbers within the limits, both included, and so each
+    number of a tuple."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "limits": limits}
+    )
 
 
 def flag(name):
@@ -25,7 +28,8 @@ def check_choices(settings):
         choices, value = f.metadata["choices"], getattr(settings, f.name)
         for x in value if isinstance(value, tuple) else (value,):
             if choices and x not in choices:
-                raise ValueError(f"--{flag(f.name)} {show(x)}: unknown; choose one of {', '.join(map(str, choices))}")
+                known = ", ".join(map(str, choices))
+                raise ValueError(f"--{flag(f.name)} {show(x)}: unknown; choose one of {known}")
 
 
 def check_limits(settings):
@@ -34,7 +38,9 @@ def check_limits(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["limits"]
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, (int, float)) and not low <= x <= high:
-                raise ValueError(f"--{flag(f.name)} {show(value)}: must be from {low:g} to {high:g}")
+                raise ValueError(
+                    f"--{flag(f.name)} {show(value)}: must be from {low:g} to {high:g}"
+                )
 
 
 def _parser_for(annotation):
@@ -49,11 +55,14 @@ def _parser_for(annotation):
 
 def show(value):
     """A value as one types it after its flag."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def add_flags(parser, settings_class, default="default"):
-    """One flag for each setting, absent unless given: what is not given comes from the defaults or a preset."""
+    """One flag for each setting, absent unless given: what is not given comes from the defaults or
+    a preset."""
     hints = typing.get_type_hints(settings_class)
     for f in dataclasses.fields(settings_class):
         convert = _parser_for(hints[f.name])
@@ -64,16 +73,24 @@ def add_flags(parser, settings_class, default="default"):
             except (ValueError, KeyError):
                 raise argparse.ArgumentTypeError(f"{text!r} is not valid here") from None
 
-        help = f"{f.metadata['help']} ({default}: {show(f.default) if f.default not in ((), '') else 'none'})".replace("%", "%%")
-        parser.add_argument(f"--{flag(f.name)}", type=parse, default=argparse.SUPPRESS, metavar="X", help=help)
+        value = "none" if f.default in ((), "") else show(f.default)
+        parser.add_argument(
+            f"--{flag(f.name)}",
+            type=parse,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=f"{f.metadata['help']} ({default}: {value})".replace("%", "%%"),
+        )
 
 
 def from_dict(settings_class, values):
-    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no setting, or a value of
-    another type than its setting's."""
+    """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no
+    setting, or a value of another type than its setting's."""
     known = {f.name for f in dataclasses.fields(settings_class)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; was this folder written by another version?")
+        raise ValueError(
+            f"unknown setting {', '.join(unknown)}; was this folder written by another version?"
+        )
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     for name, hint in typing.get_type_hints(settings_class).items():
         kind = typing.get_origin(hint) or hint

@@ -1,32 +1,35 @@
-"""The toy's images: MNIST and its like, a folder of one's own pictures, or digits drawn here from fonts ("glyphs").
+"""The toy's images: MNIST and its like, a folder of one's own pictures, or digits drawn here from
+fonts ("glyphs").
 
-Images are kept as uint8, (N, C, H, W), and become float32 in [-1, 1] only in the batch that needs them.
+Images are kept as uint8, (N, C, H, W), and become float32 in [-1, 1] only in the batch that needs
+them.
 """
 
 import contextlib
 import hashlib
 import io
-import math
 import os
 import socket
 import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from common.images import to_rgb
+from toy.glyphs import glyphs
 
 NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 
 
 class DataError(Exception):
-    """The data asked for cannot be had. The message is one line: what, why, and what to do about it."""
+    """The data asked for cannot be had. The message is one line: what, why, and what to do about
+    it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +60,17 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """Float in [-1, 1] → uint8, rounded; what lies outside is clamped. The inverse of `to_float`."""
+    """Float in [-1, 1] → uint8, rounded; what lies outside is clamped. The inverse of
+    `to_float`."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Batches:
     """Endless shuffled batches of (float images (B, C, H, W) in [-1, 1], labels (B,)).
 
-    Each epoch is a fresh permutation, and a batch may straddle two, so every image is seen equally often. The order
-    depends on the seed alone. `images` may be uint8 or float, on any device. With flip, half of an epoch's images are
-    mirrored.
+    Each epoch is a fresh permutation, and a batch may straddle two, so every image is seen equally
+    often. The order depends on the seed alone. `images` may be uint8 or float, on any device. With
+    flip, half of an epoch's images are mirrored.
     """
 
     def __init__(self, images, labels, batch_size, seed, flip=False):
@@ -76,7 +80,9 @@ class Batches:
         self._start_epoch()
 
     def _start_epoch(self):
-        self.epoch_start = self.generator.get_state()  # all that a resumed run needs to draw the same permutation
+        self.epoch_start = (
+            self.generator.get_state()
+        )  # all that a resumed run needs to draw the same permutation
         self.order = torch.randperm(len(self.images), generator=self.generator)
         if self.flip:
             self.mirrored = torch.rand(len(self.images), generator=self.generator) < 0.5
@@ -98,8 +104,12 @@ class Batches:
         index = torch.cat(parts).to(self.images.device)
         images = self.images[index]
         if self.flip:
-            images = torch.where(torch.cat(mirrored).to(images.device)[:, None, None, None], images.flip(3), images)
-        return images if images.is_floating_point() else to_float(images), self.labels[index.to(self.labels.device)]
+            images = torch.where(
+                torch.cat(mirrored).to(images.device)[:, None, None, None], images.flip(3), images
+            )
+        return images if images.is_floating_point() else to_float(images), self.labels[
+            index.to(self.labels.device)
+        ]
 
     def state_dict(self):
         return {"epoch_start": self.epoch_start, "position": self.position}
@@ -110,17 +120,17 @@ class Batches:
         self.position = state["position"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading by name
-# ---------------------------------------------------------------------------------------------------------------------
+# Loading by name ==================================================================================
 
 
 def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
-    """The dataset of that name, from `data_dir` (`data` when None), with at most `limit` images in each split.
+    """The dataset of that name, from `data_dir` (`data` when None), with at most `limit` images in
+    each split.
 
-    auto is MNIST where it is on disk or can be downloaded, else glyphs. Any other name is that dataset or a DataError.
-    `seed` draws the glyphs; `size` is the side of glyphs and folder images, the other sets being 32x32 only;
-    `max_bad_files` of a folder may be unreadable, and are left out.
+    auto is MNIST where it is on disk or can be downloaded, else glyphs. Any other name is that
+    dataset or a DataError. `seed` draws the glyphs; `size` is the side of glyphs and folder images,
+    the other sets being 32x32 only; `max_bad_files` of a folder may be unreadable, and are left
+    out.
     """
     root = Path("data" if data_dir is None else data_dir)
     if name not in NAMES:
@@ -137,11 +147,13 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
 
 
 def check_classes(data):
-    """DataError if a class has no image in a split: too small a --limit, or a folder's files are all bad."""
+    """DataError if a class has no image in a split: too small a --limit, or a folder's files are
+    all bad."""
     for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
         if gone := [c for i, c in enumerate(data.classes) if not (labels == i).any()]:
             raise DataError(
-                f"--dataset {data.kind}: no {split} image of class {gone[0]}; add some, remove the class, or take a larger --limit"
+                f"--dataset {data.kind}: no {split} image of class {gone[0]}; add some, remove the "
+                "class, or take a larger --limit"
             )
 
 
@@ -149,13 +161,25 @@ def _count(images):
     return f"({len(images):,} training images)"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MNIST, Fashion-MNIST, CIFAR-10
-# ---------------------------------------------------------------------------------------------------------------------
+_TEST_SEED = 2**31  # added for the test images: no seed below it trains on what another tests on
 
-_IDX = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+
+def _load_glyphs(seed, size, limit):
+    n_train, n_test = (n if limit is None else min(n, limit) for n in (20_000, 10_000))
+    train, test = glyphs(n_train, seed, size), glyphs(n_test, seed + _TEST_SEED, size)
+    return Dataset("glyphs (built in)", *train, *test, classes=tuple("0123456789"))
+
+
+# MNIST, Fashion-MNIST, CIFAR-10 ===================================================================
+
+_IDX = tuple(
+    f"{split}-{kind}-ubyte"
+    for split in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+)
 _CIFAR = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-_TORCHVISION = {  # name: (torchvision's class, what people call it, its folder under --data-dir, the files in it)
+# name: (torchvision's class, what people call it, its folder under --data-dir, the files in it)
+_TORCHVISION = {
     "mnist": ("MNIST", "MNIST", "MNIST/raw", _IDX),
     "fashion-mnist": ("FashionMNIST", "Fashion-MNIST", "FashionMNIST/raw", _IDX),
     "cifar10": ("CIFAR10", "CIFAR-10", "cifar-10-batches-py", _CIFAR),
@@ -166,11 +190,15 @@ _SILENT_SECONDS = 10  # a network that says nothing for this long counts as abse
 def _load_torchvision(name, root, size, limit):
     kind, title, folder, files = _TORCHVISION[name]
     if size != 32:
-        raise DataError(f"--dataset {name}: {title} is 32x32 here, not {size}x{size}; take another size or dataset")
+        raise DataError(
+            f"--dataset {name}: {title} is 32x32 here, not {size}x{size}; "
+            "take another size or dataset"
+        )
     if reason := _fetch(name, root):
         raise DataError(
-            f"--dataset {name}: {title} is not in --data-dir {root} and cannot be downloaded ({reason}); "
-            f"put {', '.join(files)} into {root / folder}, or use --dataset glyphs, which needs no files"
+            f"--dataset {name}: {title} is not in --data-dir {root} and cannot be downloaded "
+            f"({reason}); put {', '.join(files)} into {root / folder}, "
+            "or use --dataset glyphs, which needs no files"
         )
     try:
         train, test = (_read_torchvision(kind, root, split, limit) for split in (True, False))
@@ -187,30 +215,37 @@ def _read_torchvision(kind, root, train, limit):
     from torchvision import datasets
 
     source = getattr(datasets, kind)(root, train=train, download=False)
-    images, labels = torch.as_tensor(source.data)[:limit], torch.as_tensor(source.targets)[:limit].long()
+    images, labels = (
+        torch.as_tensor(source.data)[:limit],
+        torch.as_tensor(source.targets)[:limit].long(),
+    )
     if len(source.data) != len(source.targets):
         raise ValueError(f"{len(source.data)} images but {len(source.targets)} labels")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     border = (32 - images.shape[-1]) // 2  # the 28x28 sets get a black frame: 32 halves more often
     classes = tuple(name.split(" - ")[0] for name in source.classes)  # MNIST says "0 - zero"
-    return F.pad(images, [border] * 4).contiguous(), labels, classes
+    return functional.pad(images, [border] * 4).contiguous(), labels, classes
 
 
 def _fetch(name, root):
-    """Have the files of a torchvision dataset under `root`, downloading them if need be. Returns why not, or None."""
+    """Have the files of a torchvision dataset under `root`, downloading them if need be. Returns
+    why not, or None."""
     kind, title, folder, files = _TORCHVISION[name]
     if all((root / folder / file).is_file() for file in files):
         return None
     print(f"{title} is not in {root}: trying to download it", file=sys.stderr, flush=True)
     try:
         _download(kind, root)
-    except Exception as error:  # no network, a full disk, a folder that cannot be written, a damaged archive ...
+    except (
+        Exception
+    ) as error:  # no network, a full disk, a folder that cannot be written, a damaged archive ...
         return _one_line(error)
     return None
 
 
 def _download(kind, root):
-    """Download into a scratch folder and move whole files from there, so that a broken-off download leaves nothing."""
+    """Download into a scratch folder and move whole files from there, so that a broken-off download
+    leaves nothing."""
     from torchvision import datasets
 
     root.mkdir(parents=True, exist_ok=True)
@@ -237,9 +272,7 @@ def _one_line(error):
     return lines[-1] if lines else type(error).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of pictures: CLASS/picture, or train/CLASS/picture and test/CLASS/picture
-# ---------------------------------------------------------------------------------------------------------------------
+# A folder of pictures: CLASS/picture, or train/CLASS/picture and test/CLASS/picture ===============
 
 _HELD_OUT = 10  # without a test folder, one picture in ten of each class is held out
 _REMEDY = "give --data-dir a folder that holds one folder of images per class"
@@ -250,8 +283,13 @@ def _load_folder(root, size, limit, max_bad_files):
     bad = []
     train_images, train_labels = _read_pictures(train[:limit], size, bad, max_bad_files)
     test_images, test_labels = _read_pictures(test[:limit], size, bad, max_bad_files)
-    if all((images == images[:, :1]).all() for images in (train_images, test_images)):  # all grey: one channel will do
-        train_images, test_images = train_images[:, :1].contiguous(), test_images[:, :1].contiguous()
+    if all(
+        (images == images[:, :1]).all() for images in (train_images, test_images)
+    ):  # all grey: one channel will do
+        train_images, test_images = (
+            train_images[:, :1].contiguous(),
+            test_images[:, :1].contiguous(),
+        )
     name = f"folder {root} {_count(train_images)}"
     return Dataset(name, train_images, train_labels, test_images, test_labels, classes)
 
@@ -266,19 +304,22 @@ def _split_folder(root):
         if train.keys() != test.keys():
             odd = ", ".join(sorted(train.keys() ^ test.keys()))
             raise DataError(
-                f"--dataset folder: {root / 'train'} and {held_out} hold different classes ({odd}); "
-                "give both the same class folders"
+                f"--dataset folder: {root / 'train'} and {held_out} hold different classes "
+                f"({odd}); give both the same class folders"
             )
     else:
         pictures = _list_pictures(root)
         for name, paths in pictures.items():
             if len(paths) < 2:
                 raise DataError(
-                    f"--dataset folder: {root / name} holds a single image, and one must be held out; "
-                    "add images to it or remove it"
+                    f"--dataset folder: {root / name} holds a single image, and one must be held "
+                    "out; add images to it or remove it"
                 )
         test = {name: paths[::_HELD_OUT] for name, paths in pictures.items()}
-        train = {name: [p for i, p in enumerate(paths) if i % _HELD_OUT] for name, paths in pictures.items()}
+        train = {
+            name: [p for i, p in enumerate(paths) if i % _HELD_OUT]
+            for name, paths in pictures.items()
+        }
     return _interleave(train), _interleave(test), tuple(train)
 
 
@@ -286,25 +327,35 @@ def _list_pictures(root):
     """{class name: sorted paths} of the class folders in `root`, in the order of their names."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if not folders:
         raise DataError(f"--dataset folder: --data-dir {root} holds no class folders; {_REMEDY}")
-    pictures = {f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in IMG_EXTENSIONS) for f in folders}
+    pictures = {
+        f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
+        for f in folders
+    }
     for name, paths in pictures.items():
         if not paths:
-            raise DataError(f"--dataset folder: no image in --data-dir {root / name}; add some, or {_REMEDY}")
+            raise DataError(
+                f"--dataset folder: no image in --data-dir {root / name}; add some, or {_REMEDY}"
+            )
     return pictures
 
 
 def _interleave(pictures):
-    """(path, label) pairs, the first of every class, then the second ...: `limit` then keeps all the classes."""
-    ranked = [(i, label, p) for label, paths in enumerate(pictures.values()) for i, p in enumerate(paths)]
+    """(path, label) pairs, the first of every class, then the second ...: `limit` then keeps all
+    the classes."""
+    ranked = [
+        (i, label, p) for label, paths in enumerate(pictures.values()) for i, p in enumerate(paths)
+    ]
     return [(path, label) for _, label, path in sorted(ranked)]
 
 
 def _read_pictures(pictures, size, bad, max_bad_files):
-    """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre cropped. Up to
-    max_bad_files that cannot be read are listed in bad and left out."""
+    """(images (N, 3, size, size) uint8, labels (N,)): the shorter side scaled to `size`, the centre
+    cropped. Up to max_bad_files that cannot be read are listed in bad and left out."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -322,133 +373,14 @@ def _read_pictures(pictures, size, bad, max_bad_files):
                     f"--dataset folder: {what}; replace it or remove it from --data-dir; "
                     f"--max-bad-files {len(bad)} would leave it out"
                 ) from error
-            print(f"{what}: left out, as one of --max-bad-files {max_bad_files}", file=sys.stderr, flush=True)
+            print(
+                f"{what}: left out, as one of --max-bad-files {max_bad_files}",
+                file=sys.stderr,
+                flush=True,
+            )
             continue
         images.append(pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)))
         labels.append(label)
     if not images:
         raise DataError(f"--dataset folder: not one of {len(pictures)} images can be read")
     return torch.stack(images), torch.tensor(labels)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Glyphs: digits from the fonts that matplotlib ships, each bent, tilted, thinned or thickened at random
-# ---------------------------------------------------------------------------------------------------------------------
-
-_FONTS = (  # those of matplotlib's fonts that draw plain digits; cmmi10's are old-style, cmex10 and cmsy10 have none
-    *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
-    *("DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
-    *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
-    *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta"),
-    *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
-)
-_MASTER = 96  # side of the masters, of which digits fill a box of height _TALL
-_TALL = 72
-_CHUNK = 500  # glyphs drawn at once; part of the definition, since the random numbers are drawn chunk by chunk
-_TEST_SEED = 2**31  # added for the test images: no seed below this gives as training images what another tests on
-
-
-def _load_glyphs(seed, size, limit):
-    n_train, n_test = (n if limit is None else min(n, limit) for n in (20_000, 10_000))
-    train, test = glyphs(n_train, seed, size), glyphs(n_test, seed + _TEST_SEED, size)
-    return Dataset("glyphs (built in)", *train, *test, classes=tuple("0123456789"))
-
-
-def glyphs(n, seed=0, size=32):
-    """White digits on black: (images (n, 1, size, size) uint8, labels (n,)), each ten in a row holding all ten digits.
-
-    The first images of a larger `n` are those of a smaller one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chunks = [_draw_chunk(generator, size) for _ in range(math.ceil(n / _CHUNK))]
-    images, labels = (torch.cat(parts)[:n] for parts in zip(*chunks))
-    return images, labels
-
-
-def _draw_chunk(generator, size):
-    """_CHUNK glyphs. Lengths are in pixels of a 32x32 image, and the origin is the image's centre."""
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(_CHUNK, *shape, generator=generator)
-
-    labels = torch.rand(_CHUNK // 10, 10, generator=generator).argsort(dim=1).flatten()
-    masters, extents = _masters()
-    font = torch.randint(len(_FONTS), (_CHUNK,), generator=generator)
-    distance, extent = masters[font, labels], extents[font, labels]
-
-    height, widening = uniform(17, 24), uniform(0.8, 1.25)
-    thicken, blur = uniform(-0.2, 0.7), uniform(1.0, 1.7)
-    matrix = _affine(angle=uniform(-15, 15), shear=uniform(-0.25, 0.25), scale=height / _TALL, widening=widening)
-    bend = 0.8 * torch.randn(_CHUNK, 2, 4, 4, generator=generator).clamp(-2, 2)
-
-    room = 16 - 2 * max(1, 32 / size)  # half the box that the digit may fill, from here on for each glyph
-    room = room - bend.abs().amax(dim=(1, 2, 3)) - thicken.clamp(min=0)
-    reach = (matrix.abs() @ extent[..., None]).squeeze(-1)  # half the digit's own box, (_CHUNK, 2)
-    shrink = (room[:, None] / reach).amin(dim=1).clamp(max=1)
-    matrix, reach = matrix * shrink[:, None, None], reach * shrink[:, None]
-    shift = uniform(-1, 1, 2) * (room[:, None] - reach).clamp(max=3)
-
-    pixel = matrix.det().sqrt()[:, None, None]  # image pixels per master pixel
-    sampled = _sample(distance, matrix.inverse(), shift, bend, size)
-    ink = 0.5 + (sampled * pixel + thicken[:, None, None]) * size / 32 / blur[:, None, None]
-    return (ink.clamp(0, 1) * 255).round().to(torch.uint8)[:, None], labels
-
-
-def _affine(angle, shear, scale, widening):
-    """(N, 2, 2) matrices that scale, widen, shear, then turn by `angle` degrees."""
-    cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
-    lean = torch.stack([one, shear, zero, one], dim=1).view(-1, 2, 2)
-    stretch = torch.stack([scale * widening, zero, zero, scale], dim=1).view(-1, 2, 2)
-    return turn @ lean @ stretch
-
-
-def _sample(distance, inverse, shift, bend, size):
-    """Read (N, M, M) masters where the pixels of (N, size, size) images come from."""
-    axis = (torch.arange(size) + 0.5) * 32 / size - 16
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (size, size, 2), x before y
-    bend = F.interpolate(bend, (size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    source = (grid - shift[:, None, None] + bend) @ inverse.mT[:, None]
-    source = source / (_MASTER / 2)
-    return F.grid_sample(distance[:, None], source, padding_mode="border", align_corners=False)[:, 0]
-
-
-@cache
-def _masters():
-    """(fonts, 10, _MASTER, _MASTER) signed distances to each digit's outline, positive inside, in pixels; and
-    (fonts, 10, 2) half widths and heights.
-
-    On a distance map a stroke grows by adding a constant, and stays sharp however it is resampled.
-    """
-    masks = torch.stack([_render(font, digit) for font in _FONTS for digit in "0123456789"])
-    outside, inside = (torch.stack([_distance_to(mask) for mask in ink]) for ink in (masks, ~masks))
-    distance = torch.where(masks, inside - 0.5, 0.5 - outside)
-    extents = torch.stack([masks.any(dim=1).sum(dim=1), masks.any(dim=2).sum(dim=1)], dim=1) / 2
-    return distance.view(len(_FONTS), 10, _MASTER, _MASTER), extents.view(len(_FONTS), 10, 2)
-
-
-def _render(font, digit):
-    """(_MASTER, _MASTER) bool: the digit, _TALL high, in the middle."""
-    import matplotlib
-    import numpy
-    from PIL import Image, ImageDraw, ImageFont
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-    large = Image.new("L", (600, 600))
-    ImageDraw.Draw(large).text((150, 50), digit, fill=255, font=ImageFont.truetype(str(path), 300))
-    ink = large.crop(large.getbbox())
-    ink = ink.resize((min(_MASTER - 8, round(ink.width * _TALL / ink.height)), _TALL), Image.Resampling.BOX)
-    master = Image.new("L", (_MASTER, _MASTER))
-    master.paste(ink, ((_MASTER - ink.width) // 2, (_MASTER - ink.height) // 2))
-    return torch.from_numpy(numpy.array(master)) > 127
-
-
-def _distance_to(mask):
-    """(M, M) distance from each pixel to the nearest True one: the minimum along rows, then along columns."""
-    axis = torch.arange(len(mask))
-    steps = (axis[:, None] - axis).square().float()
-    squared = torch.where(mask, 0.0, 1e6)
-    for _ in range(2):
-        squared = (squared[:, None, :] + steps).amin(dim=2).T
-    return squared.sqrt()

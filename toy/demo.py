@@ -1,7 +1,8 @@
 """Draws digits while you choose: python toy/demo.py --run runs/auto-cpu
 
-A local page for a finished run: class, steps and seed; the student beside its teacher at 50 steps, from the same noise,
-with the milliseconds of each. Needs gradio. The first line of the output says where the page is.
+A local page for a finished run: class, steps and seed; the student beside its teacher at 50 steps,
+from the same noise, with the milliseconds of each. Needs gradio. The first line of the output says
+where the page is.
 """
 
 import argparse
@@ -25,40 +26,57 @@ COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixe
 
 def parse_arguments(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="toy/demo.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="toy/demo.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished toy/run.py")
-    parser.add_argument("--host", default="127.0.0.1", help="who may see the page (default: 127.0.0.1, this machine alone)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="who may see the page (default: 127.0.0.1, this machine alone)",
+    )
     parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
     return parser.parse_args(argv)
 
 
 def load_teacher(run, student):
-    """(the teacher of a finished run, its guidance). CheckpointError, OSError, LookupError or ValueError if it is none."""
+    """(the teacher of a finished run, its guidance). CheckpointError, OSError, LookupError or
+    ValueError if it is none."""
     teacher = copy.deepcopy(student.denoiser)
     state = read_last(run / "teacher" / "checkpoint.pt")
     if state is None:
         raise TrainingError(f"--run {run}: its teacher is missing; python toy/run.py makes one")
-    weights = {name.removeprefix("module."): x for name, x in state["ema"].items() if name.startswith("module.")}
+    weights = {
+        name.removeprefix("module."): x
+        for name, x in state["ema"].items()
+        if name.startswith("module.")
+    }
     teacher.network.load_state_dict(weights)
     return teacher, json.loads((run / "results.json").read_text())["results"]["best_guidance"]
 
 
 def make_draw(run):
-    """(a function of class name, steps and seed that gives student's and teacher's images, each with its time; the names of
-    the classes; how many steps there are)."""
+    """(a function of class name, steps and seed that gives student's and teacher's images, each
+    with its time; the names of the classes; how many steps there are)."""
     student, shape, classes = load_student(run)
     teacher, guidance = load_teacher(run, student)
 
     def timed(sampler, *arguments):
         began = time.perf_counter()
         sheet = tile(sampler(*arguments), COLUMNS)
-        return sheet.repeat(SCALE, 0).repeat(SCALE, 1), f"{1000 * (time.perf_counter() - began):.0f} ms for {COUNT} images"
+        return sheet.repeat(SCALE, 0).repeat(
+            SCALE, 1
+        ), f"{1000 * (time.perf_counter() - began):.0f} ms for {COUNT} images"
 
     def draw(name, steps, seed):
         noise = noise_for(COUNT, shape, int(seed or 0), torch.device("cpu"))
         labels = torch.full((COUNT,), classes.index(name))
-        return *timed(sample_student, student, noise, labels, int(steps), int(seed or 0) + 1), *timed(sample_teacher, teacher, noise, labels, 50, guidance)
+        return *timed(
+            sample_student, student, noise, labels, int(steps), int(seed or 0) + 1
+        ), *timed(sample_teacher, teacher, noise, labels, 50, guidance)
 
     return draw, classes, len(student.timesteps)
 
@@ -77,9 +95,19 @@ def make_page(draw, classes, steps):
             for who in ("student", "teacher, 50 steps"):
                 with gradio.Column():
                     gradio.Markdown(who)
-                    outputs += [gradio.Image(show_label=False, format="png", interactive=False), gradio.Textbox(label="time", interactive=False)]
+                    outputs += [
+                        gradio.Image(show_label=False, format="png", interactive=False),
+                        gradio.Textbox(label="time", interactive=False),
+                    ]
         changes = [page.load, name.change, number.change, seed.change]
-        gradio.on(changes, draw, [name, number, seed], outputs, trigger_mode="always_last", show_progress="hidden")
+        gradio.on(
+            changes,
+            draw,
+            [name, number, seed],
+            outputs,
+            trigger_mode="always_last",
+            show_progress="hidden",
+        )
     return page
 
 
@@ -92,7 +120,14 @@ def main(argv=None):
     except ModuleNotFoundError:
         print("toy/demo.py: needs gradio; python -m pip install gradio", file=sys.stderr)
         return 2
-    except (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError) as error:
+    except (
+        ValueError,
+        OSError,
+        LookupError,
+        RuntimeError,
+        TrainingError,
+        CheckpointError,
+    ) as error:
         print(f"toy/demo.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -5,8 +5,8 @@ import dataclasses
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
 from common.augment import Augmented
@@ -15,7 +15,15 @@ from common.flags import from_dict
 from common.health import heads_log, student_log, watch
 from toy.data import Batches
 from toy.graphs import recorded
-from toy.loop import GeneratorState, TrainingError, backward, make_ema, run_loop, update, warm_up_then_decay
+from toy.loop import (
+    GeneratorState,
+    TrainingError,
+    backward,
+    make_ema,
+    run_loop,
+    update,
+    warm_up_then_decay,
+)
 from toy.networks import has_bf16
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
@@ -26,7 +34,8 @@ def make_student(teacher, settings):
     denoiser = copy.deepcopy(teacher).requires_grad_(True)
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # it keeps a long training from overfitting; here it would only add noise to x_hat
+            # It keeps a long training from overfitting; here it would only add noise to x_hat.
+            module.p = 0.0
     return Student(denoiser, settings.distil_timesteps)
 
 
@@ -53,21 +62,31 @@ def build_add(student, teacher, features, classes, settings, device, generator=N
 
 
 def make_batch(images, labels, features, classes, settings):
-    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text, one-hot with mean square
-    1, and F's summary of x_0 as c_img, with mean square 1/8. A louder c_img, which tells the class too, makes heads neglect
-    c_text, and with it the class at τ_n, where c_img is zero."""
+    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text,
+    one-hot with mean square 1, and F's summary of x_0 as c_img, with mean square 1/8. A louder
+    c_img, which tells the class too, makes heads neglect c_text, and with it the class at τ_n,
+    where c_img is zero."""
     null = torch.full_like(labels, classes)
-    c_text = classes**0.5 * F.one_hot(labels, classes).float() if settings.distil_c_text else None
+    c_text = (
+        classes**0.5 * functional.one_hot(labels, classes).float()
+        if settings.distil_c_text
+        else None
+    )
     c_img = None
     if settings.distil_c_img:
         with torch.no_grad():
-            c_img = (features.width / 8) ** 0.5 * F.normalize(features.summary(images), dim=1)
-    # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above the threshold.
+            c_img = (features.width / 8) ** 0.5 * functional.normalize(
+                features.summary(images), dim=1
+            )
+    # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above
+    # the threshold.
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def distil(folder, data, settings, teacher, features, device, key):
-    """(student with the EMA weights, seconds); also writes folder/student.pt, all that toy/sample.py needs."""
+def distil(stage, teacher, features):
+    """(student with the EMA weights, seconds); also writes folder/student.pt, all that
+    toy/sample.py needs."""
+    data, settings, device = stage.data, stage.settings, stage.device
     torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     student = make_student(teacher, settings)
@@ -75,7 +94,9 @@ def distil(folder, data, settings, teacher, features, device, key):
     add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
-    adam = partial(torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=device.type == "cuda")
+    adam = partial(
+        torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=device.type == "cuda"
+    )
     student_optimizer = adam(network.parameters(), settings.distil_student_lr)
     heads_optimizer = adam(heads.parameters(), settings.distil_heads_lr)
     lr = [
@@ -83,7 +104,9 @@ def distil(folder, data, settings, teacher, features, device, key):
         for optimizer in (student_optimizer, heads_optimizer)
     ]
     images, labels = data.train_images.to(device), data.train_labels.to(device)
-    batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, settings.flip == "true")
+    batches = Batches(
+        images, labels, settings.distil_batch, settings.seed + 4, settings.flip == "true"
+    )
     generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
 
     # ADD.step in its two halves, each of which a GPU records.
@@ -99,7 +122,11 @@ def distil(folder, data, settings, teacher, features, device, key):
     def discriminator_half(student):
         half = add.discriminator_half(student)
         norm, log = backward(half.loss, heads_optimizer), heads_log(half)
-        return log | {"discriminator_loss": half.loss, "gradient_heads": norm, "hinge_per_head": log["hinge"] / len(heads)}
+        return log | {
+            "discriminator_loss": half.loss,
+            "gradient_heads": norm,
+            "hinge_per_head": log["hinge"] / len(heads),
+        }
 
     def step(i):
         half, log = student_half(*next(batches))
@@ -112,33 +139,57 @@ def distil(folder, data, settings, teacher, features, device, key):
         return log
 
     parts = {
-        "student": network, "ema": ema, "heads": heads, "student_optimizer": student_optimizer,
-        "heads_optimizer": heads_optimizer, "student_lr": lr[0], "heads_lr": lr[1], "batches": batches,
+        "student": network,
+        "ema": ema,
+        "heads": heads,
+        "student_optimizer": student_optimizer,
+        "heads_optimizer": heads_optimizer,
+        "student_lr": lr[0],
+        "heads_lr": lr[1],
+        "batches": batches,
         "generator": GeneratorState(generator),
-    }  # fmt: skip
+    }
     if hasattr(features, "generator"):  # F that diffuses what it sees
         parts["features_generator"] = GeneratorState(features.generator)
-    seconds = run_loop(folder, "ADD", parts, step, steps, key, settings)
+    seconds = run_loop(stage, "ADD", parts, step, steps)
     network.load_state_dict(ema.module.state_dict())
-    write(folder / "student.pt", {
-        "settings": dataclasses.asdict(settings), "classes": list(data.classes),
-        "shape": list(data.train_images.shape[1:]), "network": network.state_dict(),
-        "mean": teacher.encode.mean, "std": teacher.encode.std,
-    })  # fmt: skip
+    write(
+        stage.folder / "student.pt",
+        {
+            "settings": dataclasses.asdict(settings),
+            "classes": list(data.classes),
+            "shape": list(data.train_images.shape[1:]),
+            "network": network.state_dict(),
+            "mean": teacher.encode.mean,
+            "std": teacher.encode.std,
+        },
+    )
     return student.eval().requires_grad_(False), seconds
 
 
 def load_student(folder):
-    """(Student on the CPU, image shape (C, H, W), class names) of a finished run. TrainingError if it is none."""
+    """(Student on the CPU, image shape (C, H, W), class names) of a finished run. TrainingError if
+    it is none."""
     path = folder / "distil" / "student.pt"
     if not path.exists():
-        raise TrainingError(f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes one")
+        raise TrainingError(
+            f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes "
+            "one"
+        )
     state = read(path)
     try:
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
-        denoiser = make_denoiser(state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"]))
+        denoiser = make_denoiser(
+            state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"])
+        )
         denoiser.network.load_state_dict(state["network"])
         denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"{path} is not a student of this version ({one_line(error)[:200]}); train it again") from error
-    return Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False), tuple(state["shape"]), classes
+        raise TrainingError(
+            f"{path} is not a student of this version ({one_line(error)[:200]}); train it again"
+        ) from error
+    return (
+        Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False),
+        tuple(state["shape"]),
+        classes,
+    )

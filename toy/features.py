@@ -1,13 +1,14 @@
-"""The discriminator's feature network F: the teacher's own encoder, a plain ViT trained on the run's data, or DINOv2.
+"""The discriminator's feature network F: the teacher's own encoder, a plain ViT trained on the
+run's data, or DINOv2.
 
-Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list of C_k, and
-`summary(images)`, an embedding (B, width) of whole images: c_img.
+Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list
+of C_k, and `summary(images)`, an embedding (B, width) of whole images: c_img.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 
 from common.features import noised, readout
 from common.images import resize
@@ -19,18 +20,24 @@ NOISE = 0.6  # most that an F which denoises is shown
 
 
 class TeacherEncoder(nn.Module):
-    """The frozen teacher's down path and middle on diffused images, as in LADD (Sauer et al. 2024) and DMD2.
+    """The frozen teacher's down path and middle on diffused images, as in LADD (Sauer et al. 2024)
+    and DMD2.
 
-    Images are diffused to t drawn uniformly from 0…599, each to its own, and get the empty condition. The draws have a
-    generator of their own, which a resumed run restores. Maps of the finest resolution are folded 2×2 into channels: as
-    they are, their heads would cost more than all the others together, and without them one step is softer.
+    Images are diffused to t drawn uniformly from 0…599, each to its own, and get the empty
+    condition. The draws have a generator of their own, which a resumed run restores. Maps of the
+    finest resolution are folded 2×2 into channels: as they are, their heads would cost more than
+    all the others together, and without them one step is softer.
     """
 
     def __init__(self, teacher, seed):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
         self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
-        channels = [b.conv2.out_channels for b in (*network.down, *network.middle) if isinstance(b, ResidualBlock)]
+        channels = [
+            b.conv2.out_channels
+            for b in (*network.down, *network.middle)
+            if isinstance(b, ResidualBlock)
+        ]
         self.finest = network.blocks  # how many maps have the finest resolution
         self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
         self.width = self.channels[-1]
@@ -39,50 +46,67 @@ class TeacherEncoder(nn.Module):
         return self.teacher.network.encode(x_t, t, torch.full_like(t, self.teacher.network.classes))
 
     def forward(self, images):
-        maps = self._maps(*noised(self.teacher.schedule, self.teacher.encode(images), self.generator))
-        maps[: self.finest] = [F.pixel_unshuffle(x, 2) for x in maps[: self.finest]]
+        maps = self._maps(
+            *noised(self.teacher.schedule, self.teacher.encode(images), self.generator)
+        )
+        maps[: self.finest] = [functional.pixel_unshuffle(x, 2) for x in maps[: self.finest]]
         return [rearrange(x, "b c h w -> b (h w) c") for x in maps]
 
     def summary(self, images):
-        """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B, width)."""
+        """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B,
+        width)."""
         t = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        x_t = self.teacher.schedule.diffuse(self.teacher.encode(images), torch.zeros_like(images), t)
+        x_t = self.teacher.schedule.diffuse(
+            self.teacher.encode(images), torch.zeros_like(images), t
+        )
         return self._maps(x_t, t)[-1].mean((2, 3))
 
 
-def make_features(folder, data, settings, device, key):
-    """(F, seconds), F frozen and on the device; (None, 0) where it is the teacher's encoder, which needs a teacher."""
-    if settings.features == "teacher":
+def make_features(stage):
+    """(F, seconds), F frozen and on the device; (None, 0) where it is the teacher's encoder, which
+    needs a teacher."""
+    kind = stage.settings.features
+    if kind == "teacher":
         return None, 0.0
-    if settings.features == "dinov2":
-        return DinoV2().to(device).requires_grad_(False).eval(), 0.0
-    return train_vit(folder, data, settings, device, key)
+    if kind == "dinov2":
+        return DinoV2().to(stage.device).requires_grad_(False).eval(), 0.0
+    return train_vit(stage)
 
 
 def add_noise(images, generator):
     """Each image plus unit noise times a draw from 0…NOISE."""
     scale = NOISE * torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
-    return images + scale * torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
+    return images + scale * torch.randn(
+        images.shape, dtype=images.dtype, device=images.device, generator=generator
+    )
 
 
 def patches_of(images, patch):
     """(B, N, C patch²): the pixels that each of a ViT's tokens stands for, in the tokens' order."""
-    return F.unfold(images, patch, stride=patch).mT
+    return functional.unfold(images, patch, stride=patch).mT
 
 
-def train_vit(folder, data, settings, device, key):
-    """(ViT, seconds). Of a "classifier" the class token learns to name the class. A "denoiser" is shown noisy images: each
-    patch token learns to give its clean patch, the class token to hold the whole clean image, and its class besides.
+def train_vit(stage):
+    """(ViT, seconds). Of a "classifier" the class token learns to name the class. A "denoiser" is
+    shown noisy images: each patch token learns to give its clean patch, the class token to hold the
+    whole clean image, and its class besides.
     """
+    data, settings, device = stage.data, stage.settings, stage.device
     torch.manual_seed(settings.seed + 2)
     channels, size = data.train_images.shape[1], data.train_images.shape[-1]
-    vit = ViT(channels, size, settings.features_patch, settings.features_width, settings.features_depth)
+    vit = ViT(
+        channels, size, settings.features_patch, settings.features_width, settings.features_depth
+    )
     classify = nn.Linear(vit.width, len(data.classes))
-    rebuild = nn.Sequential(nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, channels * size**2))
+    rebuild = nn.Sequential(
+        nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, channels * size**2)
+    )
     patch = nn.Linear(vit.width, channels * vit.patch**2)
     networks = nn.ModuleList([vit, classify, rebuild, patch]).to(device)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=settings.features_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=settings.features_steps
+    )
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
     generator = torch.Generator(device).manual_seed(settings.seed + 2)
     denoises = settings.features == "denoiser"
@@ -91,26 +115,30 @@ def train_vit(folder, data, settings, device, key):
         images, labels = (x.to(device) for x in next(batches))
         tokens = vit.states(add_noise(images, generator) if denoises else images)[-1]
         summary = tokens[:, 0]
-        log = {"class": F.cross_entropy(classify(summary), labels)}
+        log = {"class": functional.cross_entropy(classify(summary), labels)}
         loss = log["class"]
         if denoises:
-            log["rebuild"] = F.mse_loss(rebuild(summary), images.flatten(1))
-            log["patch"] = F.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
+            log["rebuild"] = functional.mse_loss(rebuild(summary), images.flatten(1))
+            log["patch"] = functional.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
             loss = 0.1 * loss + 4 * log["rebuild"] + 4 * log["patch"]
         descend(loss, optimizer, "features F")
         schedule.step()
         return {name: loss.detach() for name, loss in log.items()}
 
     parts = {
-        "networks": networks, "optimizer": optimizer, "schedule": schedule, "batches": batches,
+        "networks": networks,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "batches": batches,
         "generator": GeneratorState(generator),
-    }  # fmt: skip
-    seconds = run_loop(folder, "features F", parts, step, settings.features_steps, key, settings)
+    }
+    seconds = run_loop(stage, "features F", parts, step, settings.features_steps)
     return vit.eval().requires_grad_(False), seconds
 
 
 class DinoV2(nn.Module):
-    """DINOv2 ViT-S/14 from torch.hub at 112 x 112: (B, 64, 384) tokens after the embedding and blocks 2, 5, 8, 11."""
+    """DINOv2 ViT-S/14 from torch.hub at 112 x 112: (B, 64, 384) tokens after the embedding and
+    blocks 2, 5, 8, 11."""
 
     width, channels, size, blocks = 384, [384] * 5, 112, (2, 5, 8, 11)
 
@@ -121,8 +149,8 @@ class DinoV2(nn.Module):
         except Exception as error:  # whatever a missing network, cache or certificate raises
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"--features dinov2: torch.hub cannot load it ({reason}); it needs the network once, or a filled "
-                "torch.hub cache; use --features teacher without one"
+                f"--features dinov2: torch.hub cannot load it ({reason}); it needs the network "
+                "once, or a filled torch.hub cache; use --features teacher without one"
             ) from error
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])

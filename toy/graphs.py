@@ -1,6 +1,7 @@
 """CUDA graphs: what a function asks of the GPU, recorded once and replayed.
 
-The toy's networks are so small that a GPU computes a step faster than Python can launch its kernels.
+The toy's networks are so small that a GPU computes a step faster than Python can launch its
+kernels.
 """
 
 import torch
@@ -9,13 +10,15 @@ WARM_UP = 3  # calls before the recording, in which libraries choose their algor
 
 
 def recorded(device, generators=(), modules=()):
-    """Decorator for a function of tensors of fixed shapes, whose results it overwrites at each call. Without CUDA the
-    function stays what it is.
+    """Decorator for a function of tensors of fixed shapes, whose results it overwrites at each
+    call. Without CUDA the function stays what it is.
 
-    The function may not wait for the GPU, and draws from `generators` alone. It may change buffers of `modules`. Arguments
-    that are no tensors are those of the first call for ever.
+    The function may not wait for the GPU, and draws from `generators` alone. It may change buffers
+    of `modules`. Arguments that are no tensors are those of the first call for ever.
     """
-    return lambda function: Recorded(function, generators, modules) if device.type == "cuda" else function
+    return lambda function: (
+        Recorded(function, generators, modules) if device.type == "cuda" else function
+    )
 
 
 class Recorded:
@@ -36,7 +39,10 @@ class Recorded:
 
     def _record(self, arguments):
         self.arguments = [x.clone() if torch.is_tensor(x) else x for x in arguments]
-        states, buffers = [g.get_state() for g in self.generators], [b.clone() for b in self.buffers]
+        states, buffers = (
+            [g.get_state() for g in self.generators],
+            [b.clone() for b in self.buffers],
+        )
         stream = torch.cuda.Stream()  # not the default one, which autograd would bind to
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

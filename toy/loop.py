@@ -1,24 +1,41 @@
-"""The one training loop of the toy: progress bar, CSV log, checkpoints, resume. Every stage runs through it."""
+"""The one training loop of the toy: progress bar, CSV log, checkpoints, resume. Every stage runs
+through it."""
 
 import csv
 import io
 import math
 import os
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common.checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
+from toy.data import Dataset
+from toy.settings import Settings
 
 
 class TrainingError(Exception):
     """A run that cannot go on; the message is one line."""
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What a stage of a run works with."""
+
+    folder: Path  # of its checkpoints and its log
+    data: Dataset
+    settings: Settings
+    device: torch.device
+    key: str  # what its result depends on (settings.stage_key)
+
+
 class GeneratorState:
-    """A torch.Generator with the state_dict interface of everything else that a checkpoint holds."""
+    """A torch.Generator with the state_dict interface of everything else that a checkpoint
+    holds."""
 
     def __init__(self, generator):
         self.generator = generator
@@ -33,21 +50,19 @@ class GeneratorState:
 CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ from run to run
 
 
-def device_at_work():
-    """The one whose memory the log tells."""
-    return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-
-
 def backward(loss, optimizer, clip=math.inf):
-    """Give the optimiser's parameters their gradient, clipped to a norm; returns its norm before that."""
+    """Give the optimiser's parameters their gradient, clipped to a norm; returns its norm before
+    that."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    return torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], clip
+    )
 
 
 def update(optimizer, name, loss, norm):
-    """A step of the optimiser. FloatingPointError, which says of what, if the loss or the norm of its gradient is not
-    finite: then no weight has moved."""
+    """A step of the optimiser. FloatingPointError, which says of what, if the loss or the norm of
+    its gradient is not finite: then no weight has moved."""
     for what, value in (("loss", loss.detach()), ("gradient", norm)):
         if not value.isfinite():
             raise FloatingPointError(f"{name} {what} is {value.item()}")
@@ -62,7 +77,8 @@ def descend(loss, optimizer, name, clip=math.inf):
 
 
 class Log:
-    """A CSV that grows row by row; opened at a checkpoint's length, what was written after that is cut off."""
+    """A CSV that grows row by row; opened at a checkpoint's length, what was written after that is
+    cut off."""
 
     def __init__(self, path, length=0):
         self.path, self.names = path, None
@@ -76,7 +92,9 @@ class Log:
     def add(self, row):
         """Write a row; columns that the first one had not are left out."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.names or list(row), extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            text, self.names or list(row), extrasaction="ignore", lineterminator="\n"
+        )
         if self.names is None:
             self.names = list(row)
             writer.writeheader()
@@ -97,47 +115,64 @@ class Window:
     def __init__(self, pending, skipped):
         self.pending, self.skipped, self.began, self.count = pending, skipped, time.time(), 0
 
-    def row(self):
-        """{column: value} of the steps, which are forgotten; skipped steps have no values. None if all were skipped."""
+    def row(self, device):
+        """{column: value} of the steps, which are forgotten. Skipped steps have no values; None if
+        all were skipped."""
         if not self.pending:
             return None
         names = self.pending[0]
-        row = {name: torch.stack([p[name] for p in self.pending]).float().mean().item() for name in names}
+        row = {
+            name: torch.stack([p[name] for p in self.pending]).float().mean().item()
+            for name in names
+        }
         speed = self.count / max(time.time() - self.began, 1e-9)
         self.pending.clear()
         self.began, self.count = time.time(), 0
-        return row | {"nonfinite": self.skipped, "steps_per_second": speed, "memory_gib": peak_memory(device_at_work())}
+        clocked = {"steps_per_second": speed, "memory_gib": peak_memory(device)}
+        return row | {"nonfinite": self.skipped} | clocked
 
 
-def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
-    """Call step(i) for i = 0 … steps-1 and keep folder/checkpoint.pt and folder/log.csv; returns the seconds spent.
+def run_loop(stage, label, parts, step, steps, *, log_every=10):
+    """Call step(i) for i = 0 … steps-1 and keep checkpoint.pt and log.csv in the stage's folder;
+    returns the seconds spent.
 
-    parts maps names to what a checkpoint holds (anything with state_dict and load_state_dict); step returns a dict of
-    0-d tensors, which are averaged over log_every steps into a row of the log. A checkpoint is written every
-    settings.checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped follows); the last complete one that is there
-    already, under the same key, is gone on from. A step that raises FloatingPointError, or returns what is not finite,
-    ends the run with a TrainingError; the first settings.skip_nonfinite that only raise are counted in the log instead.
+    parts maps names to what a checkpoint holds: anything with state_dict and load_state_dict. step
+    returns a dict of 0-d tensors; their means over log_every steps are a row of the log.
+
+    A checkpoint is written every checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped
+    follows). If the last complete one in the folder has the stage's key, the loop goes on from it.
+
+    A step that raises FloatingPointError, or returns what is not finite, ends the run with a
+    TrainingError. The first skip_nonfinite that only raise are counted in the log instead.
     """
+    folder, settings = stage.folder, stage.settings
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     start, seconds, length, window = 0, 0.0, 0, Window([], 0)
     state = read_last(path)
-    if state and state.get("key") == key:
+    if state and state.get("key") == stage.key:
         try:
             start, seconds, length = int(state["step"]), float(state["seconds"]), int(state["log"])
             window = Window(list(state["pending"]), int(state["skipped"]))
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise TrainingError(f"{path} does not fit this version's networks; remove {folder} to start over") from error
+            raise TrainingError(
+                f"{path} does not fit this version's networks; remove {folder} to start over"
+            ) from error
     log, began, saved = Log(folder / "log.csv", length), time.time(), time.time()
     saved_step = start if length else None  # of the last checkpoint under this key
 
     def checkpoint(done):
         progress = {
-            "key": key, "step": done, "finished": done == steps, "seconds": seconds + time.time() - began,
-            "log": log.length(), "pending": window.pending, "skipped": window.skipped,
-        }  # fmt: skip
+            "key": stage.key,
+            "step": done,
+            "finished": done == steps,
+            "seconds": seconds + time.time() - began,
+            "log": log.length(),
+            "pending": window.pending,
+            "skipped": window.skipped,
+        }
         write(path, progress | {name: part.state_dict() for name, part in parts.items()})
 
     def attempt(i):
@@ -149,24 +184,50 @@ def run_loop(folder, label, parts, step, steps, key, settings, *, log_every=10):
             window.skipped += 1
             return
         if values:  # all of them in one copy from the device
-            values = dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).cpu(), strict=True))
+            values = dict(
+                zip(
+                    values,
+                    torch.stack([v.detach().float() for v in values.values()]).cpu(),
+                    strict=True,
+                )
+            )
         if infinite := [f"{k} is {v.item()}" for k, v in values.items() if not v.isfinite()]:
-            raise bad(i, ", ".join(infinite))  # something other than a loss or its gradient, seen when the step is done
+            raise bad(
+                i, ", ".join(infinite)
+            )  # something other than a loss or its gradient, seen when the step is done
         window.pending.append(values)
 
     def bad(i, what):
-        last = f"{path} is of step {saved_step}" if saved_step is not None else "none was written yet"
-        return TrainingError(f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; --skip-nonfinite N lets N such steps go by")
+        last = (
+            f"{path} is of step {saved_step}" if saved_step is not None else "none was written yet"
+        )
+        return TrainingError(
+            f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; --skip-nonfinite N "
+            "lets N such steps go by"
+        )
 
     with postponed_signals() as stopped:
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=label, mininterval=1, smoothing=0.05)
+        bar = tqdm(
+            range(start, steps),
+            initial=start,
+            total=steps,
+            desc=label,
+            mininterval=1,
+            smoothing=0.05,
+        )
         for i in bar:
             attempt(i)
             window.count += 1
             done = i + 1
-            if (done % log_every == 0 or done == steps) and (row := window.row()):
+            if (done % log_every == 0 or done == steps) and (row := window.row(stage.device)):
                 log.add({"step": done} | row)
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in CLOCKED and (v or k != "nonfinite")})
+                bar.set_postfix(
+                    {
+                        k: f"{v:.3g}"
+                        for k, v in row.items()
+                        if k not in CLOCKED and (v or k != "nonfinite")
+                    }
+                )
             if stopped or done == steps or time.time() - saved > settings.checkpoint_seconds:
                 checkpoint(done)
                 saved, saved_step = time.time(), done
@@ -185,10 +246,12 @@ def read_log(path):
 
 
 def make_ema(network, batch, half_life):
-    """A moving average of the weights in which an image counts half after `half_life` more images have been seen."""
+    """A moving average of the weights in which an image counts half after `half_life` more images
+    have been seen."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (batch / half_life)))
 
 
 def warm_up_then_decay(step, steps, warm_up=50, floor=0.02):
-    """Factor on a learning rate: rises linearly over warm_up steps, stays at 1, falls linearly over the second half."""
+    """Factor on a learning rate: rises linearly over warm_up steps, stays at 1, falls linearly over
+    the second half."""
     return min(1.0, (step + 1) / warm_up) * min(1.0, max(floor, 2 * (1 - step / steps)))

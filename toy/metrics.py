@@ -1,10 +1,12 @@
-"""Measures of generated images, in the features of a small classifier trained apart (networks.MetricNet).
+"""Measures of generated images, in the features of a small classifier trained apart
+(networks.MetricNet).
 
-None of them is FID: the feature space is this toy's own, so values compare only within one run folder's metric network.
+None of them is FID: the feature space is this toy's own, so values compare only within one run
+folder's metric network.
 """
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from toy.data import Batches, to_float
 from toy.loop import descend, run_loop
@@ -13,8 +15,10 @@ from toy.networks import MetricNet
 NEIGHBOURS = 5  # k of the k-NN precision and recall
 
 
-def train_metric_net(folder, data, settings, device, key):
-    """The classifier whose features the metrics use, trained on the training images; returns (network, seconds)."""
+def train_metric_net(stage):
+    """The classifier whose features the metrics use, trained on the training images; returns
+    (network, seconds)."""
+    data, settings, device = stage.data, stage.settings, stage.device
     torch.manual_seed(settings.seed + 1)
     network = MetricNet(data.train_images.shape[1], len(data.classes)).to(device)
     network(to_float(data.train_images[:2]).to(device))  # gives the lazy layer its size
@@ -25,13 +29,13 @@ def train_metric_net(folder, data, settings, device, key):
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        loss = F.cross_entropy(network(images), labels)
+        loss = functional.cross_entropy(network(images), labels)
         descend(loss, optimizer, "metric network")
         schedule.step()
         return {"loss": loss.detach()}
 
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "batches": batches}
-    seconds = run_loop(folder, "metric network", parts, step, steps, key, settings)
+    seconds = run_loop(stage, "metric network", parts, step, steps)
     return network.eval().requires_grad_(False), seconds
 
 
@@ -47,16 +51,21 @@ def embed(network, images, device, batch=500):
 
 
 def frechet_distance(x, y):
-    """‖μ_x - μ_y‖² + tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½) of two feature sets (N, D), (M, D) (Heusel et al. 2017)."""
+    """‖μ_x - μ_y‖² + tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½) of two feature sets (N, D), (M, D) (Heusel et
+    al. 2017)."""
     x, y = x.double(), y.double()
     cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
-    # The product of two positive semidefinite matrices has real eigenvalues of at least 0; rounding may disagree.
+    # The product of two positive semidefinite matrices has real eigenvalues of at least 0; rounding
+    # may disagree.
     root_trace = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root_trace).item()
+    return (
+        (x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root_trace
+    ).item()
 
 
 def coverage_of(x, manifold, k=NEIGHBOURS):
-    """Share of x within the k-NN balls of manifold's points (Kynkäänniemi et al. 2019); (N, D), (M, D)."""
+    """Share of x within the k-NN balls of manifold's points (Kynkäänniemi et al. 2019); (N, D), (M,
+    D)."""
     # The k-th neighbour of a point in its own set: the nearest is the point itself.
     radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
     return (torch.cdist(x, manifold) <= radius).any(1).float().mean().item()
@@ -64,12 +73,14 @@ def coverage_of(x, manifold, k=NEIGHBOURS):
 
 def within_class_variance(x, labels):
     """Mean over the classes of the total variance of x (N, …) among the samples of that class."""
-    return torch.stack([x[labels == c].flatten(1).var(0).sum() for c in labels.unique()]).mean().item()
+    return (
+        torch.stack([x[labels == c].flatten(1).var(0).sum() for c in labels.unique()]).mean().item()
+    )
 
 
 def measure(network, images, labels, real_images, real_features, device):
-    """All figures for generated images with the class they were asked for; precision and recall use as many real
-    images as there are generated ones, since both depend on the number."""
+    """All figures for generated images with the class they were asked for; precision and recall use
+    as many real images as there are generated ones, since both depend on the number."""
     features, predicted = embed(network, images, device)
     real = real_features[: len(features)]
     return {

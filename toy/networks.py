@@ -1,42 +1,46 @@
-"""The toy's three kinds of network: the U-Net denoiser, the ViT whose features the discriminator reads, the classifier
-whose features the metrics are computed in.
+"""The toy's three kinds of network: the U-Net denoiser, the ViT whose features the discriminator
+reads, the classifier whose features the metrics are computed in.
 
-They are deliberately different from one another: a metric network that resembled the discriminator's would flatter it.
+They are deliberately different from one another: a metric network that resembled the
+discriminator's would flatter it.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 
 from common.features import readout
 
 
 def has_bf16(device):
-    """Whether the device is known to multiply bfloat16 numbers faster than float32 ones: GPUs from compute capability 8.0
-    on, and x86 processors with AVX-512 BF16 or AMX, which torch tells from 2.11 on."""
+    """Whether the device is known to multiply bfloat16 numbers faster than float32 ones: GPUs from
+    compute capability 8.0 on, and x86 processors with AVX-512 BF16 or AMX, which torch tells from
+    2.11 on."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Denoiser: a U-Net on 2x2-unshuffled pixels (a quarter of the positions, so about a fifth of the cost)
-# ---------------------------------------------------------------------------------------------------------------------
+# Denoiser: a U-Net on 2x2-unshuffled pixels (a quarter of the positions, so about a fifth of the
+# cost)
 
 
 def timestep_embedding(t, dim):
     """Sinusoidal embedding (B,) → (B, dim) of integer timesteps (Ho et al. 2020)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResidualBlock(nn.Module):
-    """norm → conv → norm, scaled and shifted by the embedding → dropout → conv, plus the input (Dhariwal & Nichol 2021)."""
+    """norm → conv → norm, scaled and shifted by the embedding → dropout → conv, plus the input
+    (Dhariwal & Nichol 2021)."""
 
     def __init__(self, channels_in, channels_out, embedding, dropout=0.0):
         super().__init__()
@@ -45,14 +49,18 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * channels_out)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.skip = (
+            nn.Conv2d(channels_in, channels_out, 1)
+            if channels_in != channels_out
+            else nn.Identity()
+        )
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, embedding):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulate(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        h = self.conv1(functional.silu(self.norm1(x)))
+        scale, shift = self.modulate(functional.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(self.dropout(functional.silu(self.norm2(h) * (1 + scale) + shift)))
         return self.skip(x) + h
 
 
@@ -67,23 +75,37 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = rearrange(
+            self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads
+        )
+        out = functional.scaled_dot_product_attention(q, k, v)
         return x + self.out(rearrange(out, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
 
 
 class UNet(nn.Module):
-    """The denoiser's network f(x_t, t, label): class-conditional, two to four resolutions, attention at the lowest.
+    """The denoiser's network f(x_t, t, label): class-conditional, two to four resolutions,
+    attention at the lowest.
 
-    x_t (B, channels, H, W) in about [-1, 1], t (B,) integer timesteps, label (B,) in 0…classes, where `classes` itself
-    is the empty condition ∅ of classifier-free guidance. Returns a tensor of x_t's shape and type. H and W must be
-    divisible by 2 ** len(widths). With bf16, convolutions and products are taken in bfloat16, from float32 weights.
+    x_t (B, channels, H, W) in about [-1, 1], t (B,) integer timesteps, label (B,) in 0…classes,
+    where `classes` itself is the empty condition ∅ of classifier-free guidance. Returns a tensor of
+    x_t's shape and type. H and W must be divisible by 2 ** len(widths). With bf16, convolutions and
+    products are taken in bfloat16, from float32 weights.
     """
 
-    def __init__(self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False, dropout=0.0):
+    def __init__(
+        self, channels=1, classes=10, widths=(64, 128), blocks=2, patch=2, bf16=False, dropout=0.0
+    ):
         super().__init__()
-        self.patch, self.classes, self.blocks, self.bf16, embedding = patch, classes, blocks, bf16, 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.patch, self.classes, self.blocks, self.bf16, embedding = (
+            patch,
+            classes,
+            blocks,
+            bf16,
+            4 * widths[0],
+        )
+        self.time = nn.Sequential(
+            nn.Linear(widths[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
         self.label = nn.Embedding(classes + 1, embedding)
         self.stem = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
 
@@ -93,7 +115,9 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(width, w, 3, stride=2, padding=1))
             self.down.extend(ResidualBlock(w, w, embedding, dropout) for _ in range(blocks))
             width = w
-        self.middle = nn.ModuleList([SelfAttention(width), ResidualBlock(width, width, embedding, dropout)])
+        self.middle = nn.ModuleList(
+            [SelfAttention(width), ResidualBlock(width, width, embedding, dropout)]
+        )
         for w, above in zip(reversed(widths), (*reversed(widths[:-1]), None), strict=True):
             self.up.extend(ResidualBlock(2 * w, w, embedding, dropout) for _ in range(blocks))
             if above:
@@ -104,7 +128,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def encode(self, x_t, t, label):
-        """What each residual block of the down path and the middle gives, finest first: [(B, widths[level], H', W')]."""
+        """What each residual block of the down path and the middle gives, finest first: [(B,
+        widths[level], H', W')]."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
             return [h.to(x_t.dtype) for h in self._encode(x_t, self._embed(t, label))]
 
@@ -117,13 +142,15 @@ class UNet(nn.Module):
                     h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
                 else:
                     h = layer(h)
-            return F.pixel_shuffle(self.out(F.silu(self.norm(h))), self.patch).to(x_t.dtype)
+            return functional.pixel_shuffle(self.out(functional.silu(self.norm(h))), self.patch).to(
+                x_t.dtype
+            )
 
     def _embed(self, t, label):
         return self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)
 
     def _encode(self, x_t, embedding):
-        h, maps = self.stem(F.pixel_unshuffle(x_t, self.patch)), []
+        h, maps = self.stem(functional.pixel_unshuffle(x_t, self.patch)), []
         for layer in (*self.down, *self.middle):
             if isinstance(layer, ResidualBlock):
                 maps.append(h := layer(h, embedding))
@@ -132,9 +159,7 @@ class UNet(nn.Module):
         return maps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feature network F of the discriminator: a plain ViT
-# ---------------------------------------------------------------------------------------------------------------------
+# Feature network F of the discriminator: a plain ViT ==============================================
 
 
 class TransformerBlock(nn.Module):
@@ -145,18 +170,26 @@ class TransformerBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+        )
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three n c) -> three b n l c", three=3, n=self.heads)
-        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l c -> b l (n c)"))
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "b l (three n c) -> three b n l c", three=3, n=self.heads
+        )
+        x = x + self.out(
+            rearrange(functional.scaled_dot_product_attention(q, k, v), "b n l c -> b l (n c)")
+        )
         return x + self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
-    """A plain ViT; calling it gives token maps [(B, N, width)]: after the patch embedding, then after each block.
+    """A plain ViT; calling it gives token maps [(B, N, width)]: after the patch embedding, then
+    after each block.
 
-    Images (B, channels, size, size) in [-1, 1]. N = (size / patch)²; the class token is read out (readout).
+    Images (B, channels, size, size) in [-1, 1]. N = (size / patch)²; the class token is read out
+    (readout).
     """
 
     def __init__(self, channels=1, size=32, patch=4, width=96, depth=4, heads=4):
@@ -184,23 +217,27 @@ class ViT(nn.Module):
         return self.states(images)[-1][:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metric network: a small convolutional classifier, of another architecture than F on purpose
-# ---------------------------------------------------------------------------------------------------------------------
+# Metric network: a small convolutional classifier, of another architecture than F on purpose ======
 
 
 class MetricNet(nn.Module):
-    """Images (B, channels, 32, 32) → class logits; features(images) gives the (B, 64) in which metrics are taken."""
+    """Images (B, channels, 32, 32) → class logits; features(images) gives the (B, 64) in which
+    metrics are taken."""
 
     def __init__(self, channels=1, classes=10, width=32):
         super().__init__()
 
         def stage(c_in, c_out):
             return nn.Sequential(
-                nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)
+                nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
             )
 
-        self.body = nn.Sequential(stage(channels, width), stage(width, 2 * width), stage(2 * width, 2 * width))
+        self.body = nn.Sequential(
+            stage(channels, width), stage(width, 2 * width), stage(2 * width, 2 * width)
+        )
         self.project = nn.Sequential(nn.Flatten(), nn.LazyLinear(64), nn.ReLU())
         self.classify = nn.Linear(64, classes)
 

@@ -1,4 +1,5 @@
-"""The pictures of a run: samples, refinement, reconstruction targets, losses, distance against cost."""
+"""The pictures of a run: samples, refinement, reconstruction targets, losses, distance against
+cost."""
 
 import matplotlib
 import torch
@@ -15,7 +16,8 @@ TEACHER, BEFORE, STUDENT, REAL = "#4878a8", "#e6ab02", "#d1495b", "#777777"
 
 
 def tile(images, columns, pad=2):
-    """(N, C, H, W) in [-1, 1] → one (H', W', C) array in [0, 1], row by row, with grey lines between."""
+    """(N, C, H, W) in [-1, 1] → one (H', W', C) array in [0, 1], row by row, with grey lines
+    between."""
     images = (images.clamp(-1, 1).float().cpu() + 1) / 2
     n, c, h, w = images.shape
     rows = -(-n // columns)
@@ -47,11 +49,20 @@ def comparison(path, teacher, started, student, data, settings, guidance, device
     real = torch.cat([data.test_images[data.test_labels == c][:each] for c in range(classes)])
     panels = [
         ("real test images", to_float(real)),
-        (f"teacher, {steps} steps, guidance {guidance:g}", sample_teacher(teacher, noise, labels, steps, guidance)),
+        (
+            f"teacher, {steps} steps, guidance {guidance:g}",
+            sample_teacher(teacher, noise, labels, steps, guidance),
+        ),
         ("teacher, 1 step", sample_teacher(teacher, noise, labels, 1)),
-        ("student before ADD, 1 step", sample_student(started, noise, labels, 1, settings.seed + 6)),
+        (
+            "student before ADD, 1 step",
+            sample_student(started, noise, labels, 1, settings.seed + 6),
+        ),
     ] + [
-        (f"ADD student, {k} step{'s' * (k > 1)}", sample_student(student, noise, labels, k, settings.seed + 6))
+        (
+            f"ADD student, {k} step{'s' * (k > 1)}",
+            sample_student(student, noise, labels, k, settings.seed + 6),
+        )
         for k in (1, 2, 4)
         if k <= len(student.timesteps)
     ]
@@ -69,9 +80,12 @@ def refinement(path, student, data, settings, device, columns=10):
     states, decode = [noise], student.denoiser.decode
     generator = torch.Generator(device).manual_seed(settings.seed)
     student.sample(
-        noise, labels, len(student.timesteps), generator=generator,
+        noise,
+        labels,
+        len(student.timesteps),
+        generator=generator,
         on_step=lambda s, x_s, x_hat: states.append(decode(x_hat)),
-    )  # fmt: skip
+    )
     figure, axis = plt.subplots(figsize=(columns * 0.62, len(states) * 0.62))
     names = ", ".join(map(str, student.inference_timesteps(len(student.timesteps))))
     show(axis, torch.cat(states), columns, f"noise, then the student's x̂_0 at s = {names}")
@@ -80,23 +94,28 @@ def refinement(path, student, data, settings, device, columns=10):
 
 @torch.no_grad()
 def targets(path, student, teacher, data, settings, device, columns=10):
-    """x_0 → x_s → x̂_θ → x̂_θ,t → x̂_ψ, the reconstruction target, for several t: what L_distill asks for."""
+    """x_0 → x_s → x̂_θ → x̂_θ,t → x̂_ψ, the reconstruction target, for several t: what L_distill
+    asks for."""
     picked = [int((data.test_labels == c % len(data.classes)).nonzero()[0]) for c in range(columns)]
     x_0, labels = to_float(data.test_images[picked]).to(device), data.test_labels[picked].to(device)
     noise = noise_for(columns, x_0.shape[1:], settings.seed + 9, device)
-    s = torch.tensor(student.timesteps, device=device)[torch.arange(columns, device=device) % len(student.timesteps)]
+    s = student.tau[torch.arange(columns, device=device) % len(student.timesteps)]
     x_s = student.diffuse(teacher.encode(x_0), noise, s)
     x_hat = student(x_s, s, labels)
     sheets, names = [x_0, teacher.decode(x_s), teacher.decode(x_hat)], ["x_0", "x_s", "x̂_θ"]
     null = torch.full_like(labels, len(data.classes))
     asked = dict(
-        null_cond=null, negative_cond=null, guidance=settings.distil_guidance, steps=settings.distil_teacher_steps,
+        null_cond=null,
+        negative_cond=null,
+        guidance=settings.distil_guidance,
+        steps=settings.distil_teacher_steps,
         nfsd=settings.distil_weight == "nfsd",
-    )  # fmt: skip
+    )
     for t_value in (200, 500, 800):
         t = torch.full((columns,), t_value, device=device)
         sheets.append(teacher.decode(teacher.schedule.diffuse(x_hat, noise, t)))
-        sheets.append(teacher.decode(reconstruction_target(teacher, x_hat, noise, t, labels, **asked)))
+        target = reconstruction_target(teacher, x_hat, noise, t, labels, **asked)
+        sheets.append(teacher.decode(target))
         names += [f"x̂_θ,t  t={t_value}", f"x̂_ψ  t={t_value}"]
     figure, axes = plt.subplots(len(sheets), 1, figsize=(columns * 0.62, len(sheets) * 0.66))
     for axis, images, name in zip(axes, sheets, names, strict=True):
@@ -119,7 +138,12 @@ def curves(path, folder):
     axes[2].set_yscale("log")
     axes[3].plot(add["step"], add["logit_real"], color=REAL, label="mean logit, real")
     axes[3].plot(add["step"], add["logit_fake"], color=STUDENT, label="mean logit, generated")
-    axes[3].plot(add["step"], add["hinge_per_head"], color="black", label="hinge a head (2: blind, 0: has won)")
+    axes[3].plot(
+        add["step"],
+        add["hinge_per_head"],
+        color="black",
+        label="hinge a head (2: blind, 0: has won)",
+    )
     axes[3].set_title("discriminator, Eq. 3")
     axes[3].legend(fontsize=7)
     for axis in axes:
@@ -140,11 +164,25 @@ def cost(path, results):
     )
     for rows, color, name in lines:
         rows = sorted(rows, key=lambda row: row["evaluations"])
-        axis.plot([r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name)
+        axis.plot(
+            [r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name
+        )
     solver = results["solver"]
-    axis.plot(solver["evaluations"], solver["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)")
-    axis.axhline(results["real"]["fd"], color=REAL, linestyle=":", label=f"{results['n']} real training images")
-    axis.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="Fréchet distance (metric net)")
+    axis.plot(
+        solver["evaluations"], solver["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)"
+    )
+    axis.axhline(
+        results["real"]["fd"],
+        color=REAL,
+        linestyle=":",
+        label=f"{results['n']} real training images",
+    )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network evaluations an image",
+        ylabel="Fréchet distance (metric net)",
+    )
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     _save(figure, path)

@@ -1,4 +1,5 @@
-"""Writes report.md: what was run, what it cost, the table, whether the goals were met, the pictures."""
+"""Writes report.md: what was run, what it cost, the table, whether the goals were met, the
+pictures."""
 
 import platform
 import subprocess
@@ -8,7 +9,8 @@ import torch
 
 from toy.loop import read_log
 
-GOALS = {  # what the student must reach, as the README says; fd to variance are ratios to the teacher's
+# What the student must reach, as the README says; all but accuracy are ratios to the teacher's.
+GOALS = {
     "cpu": dict(fd=0.8, few=0.7, accuracy=0.98, recall=0.85, variance=0.8),
     "long": dict(fd=0.5, few=0.5, accuracy=0.99, recall=0.95, variance=0.9),
 }
@@ -16,11 +18,16 @@ GOALS["gpu"] = GOALS["long"]
 
 
 def commit():
-    """The repository's short commit, with + for uncommitted changes to its files; "unknown" outside a repository."""
+    """The repository's short commit, with + for uncommitted changes to its files; "unknown" outside
+    a repository."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        out = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        out = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
         return out.strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -30,7 +37,11 @@ def device_name(device):
     """The GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})" if device.type == "cpu" else device.type
+    return (
+        f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+        if device.type == "cpu"
+        else device.type
+    )
 
 
 def best_teacher(results):
@@ -46,7 +57,8 @@ def meets(value, goal):
 
 
 def goals(results, preset):
-    """[(what, value, goal, met)] for the student against its teacher, whose figures × divides by."""
+    """[(what, value, goal, met)] for the student against its teacher, whose figures × divides
+    by."""
     teacher, goal = best_teacher(results), GOALS.get(preset, GOALS["cpu"])
     by_steps = {row["steps"]: row for row in results["student"]}
     one, few = by_steps[min(by_steps)], {k: row for k, row in by_steps.items() if k > 1}
@@ -55,16 +67,44 @@ def goals(results, preset):
         return row[name] / max(teacher[name], 1e-9)
 
     rows = [("distance, one step, ×", ratio(one, "fd"), goal["fd"], "≤")]
-    rows += [(f"distance, {k} steps, ×", ratio(row, "fd"), goal["few"], "≤") for k, row in few.items()]
-    if {2, 4} <= set(by_steps):
-        rows.append(("distance, 4 steps, × that of 2", by_steps[4]["fd"] / max(by_steps[2]["fd"], 1e-9), 1.1, "≤"))
-    rows.append(("class accuracy, one step", one["accuracy"], goal["accuracy"], "≥"))
-    rows += [(f"class accuracy, {k} steps", row["accuracy"], goal["accuracy"], "≥") for k, row in few.items() if k == 4]
     rows += [
-        ("precision, one step, less the teacher's", one["precision"] - teacher["precision"], -0.01, "≥"),
+        (f"distance, {k} steps, ×", ratio(row, "fd"), goal["few"], "≤") for k, row in few.items()
+    ]
+    if {2, 4} <= set(by_steps):
+        rows.append(
+            (
+                "distance, 4 steps, × that of 2",
+                by_steps[4]["fd"] / max(by_steps[2]["fd"], 1e-9),
+                1.1,
+                "≤",
+            )
+        )
+    rows.append(("class accuracy, one step", one["accuracy"], goal["accuracy"], "≥"))
+    rows += [
+        (f"class accuracy, {k} steps", row["accuracy"], goal["accuracy"], "≥")
+        for k, row in few.items()
+        if k == 4
+    ]
+    rows += [
+        (
+            "precision, one step, less the teacher's",
+            one["precision"] - teacher["precision"],
+            -0.01,
+            "≥",
+        ),
         ("recall, one step, ×", ratio(one, "recall"), goal["recall"], "≥"),
-        ("within-class variance of pixels, one step, ×", ratio(one, "variance_pixels"), goal["variance"], "≥"),
-        ("within-class variance of features, one step, ×", ratio(one, "variance_features"), goal["variance"], "≥"),
+        (
+            "within-class variance of pixels, one step, ×",
+            ratio(one, "variance_pixels"),
+            goal["variance"],
+            "≥",
+        ),
+        (
+            "within-class variance of features, one step, ×",
+            ratio(one, "variance_features"),
+            goal["variance"],
+            "≥",
+        ),
     ]
     return [(what, v, f"{sign} {g:g}", meets(v, f"{sign} {g:g}")) for what, v, g, sign in rows]
 
@@ -73,56 +113,79 @@ def table(results):
     """The Markdown table of every measured row."""
     real = results["real"]
     lines = [
-        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy | precision | recall | "
+        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy | precision | "
+        "recall | "
         "variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in [real, *results["teacher"], results["solver"], *results["started"], *results["student"]]:
+    for row in [
+        real,
+        *results["teacher"],
+        results["solver"],
+        *results["started"],
+        *results["student"],
+    ]:
         steps, guidance, evaluations = (
-            "" if row[name] is None else f"{row[name]:g}" for name in ("steps", "guidance", "evaluations")
+            "" if row[name] is None else f"{row[name]:g}"
+            for name in ("steps", "guidance", "evaluations")
         )
         name = f"**{row['name']}**" if row["name"] == "ADD student" else row["name"]
-        variance = " · ".join(f"{row[v] / real[v]:.2f}" for v in ("variance_pixels", "variance_features"))
+        variance = " · ".join(
+            f"{row[v] / real[v]:.2f}" for v in ("variance_pixels", "variance_features")
+        )
         speed = f"{row['images_per_second']:.0f}" if "images_per_second" in row else ""
         lines.append(
-            f"| {name} | {steps} | {guidance} | {evaluations} | {row['fd']:.2f} | {row['accuracy']:.1%} | "
-            f"{row['precision']:.2f} | {row['recall']:.2f} | {variance} | {speed} |"
+            f"| {name} | {steps} | {guidance} | {evaluations} | {row['fd']:.2f} "
+            f"| {row['accuracy']:.1%} | {row['precision']:.2f} | {row['recall']:.2f} "
+            f"| {variance} | {speed} |"
         )
     return lines
 
 
-HEALTH = {  # column of distil/log.csv → what the report says of it; toy/README.md has the healthy ranges
-    "hinge_per_head": "hinge, a head", "sign_real": "sign rate, real", "sign_fake": "sign rate, generated", "r1": "R1",
-    "gradient_adversarial": "gradient at the output, adversarial", "gradient_distillation": "gradient at the output, distillation",
-}  # fmt: skip
+# Column of distil/log.csv → what the report says of it; toy/README.md has the healthy ranges.
+HEALTH = {
+    "hinge_per_head": "hinge, a head",
+    "sign_real": "sign rate, real",
+    "sign_fake": "sign rate, generated",
+    "r1": "R1",
+    "gradient_adversarial": "gradient at the output, adversarial",
+    "gradient_distillation": "gradient at the output, distillation",
+}
 
 
 def health(log):
-    """Lines on the last tenth of the ADD stage's log ({column: [values]}), and whether the discriminator had won there:
-    half of the iterations or more in which it tells 19 of 20 tokens right, real and generated."""
+    """Lines on the last tenth of the ADD stage's log ({column: [values]}), and whether the
+    discriminator had won there: half of the iterations or more in which it tells 19 of 20 tokens
+    right, real and generated."""
     tail = {name: values[-max(1, len(values) // 10) :] for name, values in log.items()}
     mean = {name: sum(values) / len(values) for name, values in tail.items()}
+    figures = [f"{mean[name]:.3g}" for name in HEALTH]
     lines = [
         "| " + " | ".join(HEALTH.values()) + " | steps skipped, not finite |",
         "|" + "---|" * (len(HEALTH) + 1),
-        "| " + " | ".join(f"{mean[name]:.3g}" for name in HEALTH) + f" | {log['nonfinite'][-1]:.0f} |",
+        "| " + " | ".join([*figures, f"{log['nonfinite'][-1]:.0f}"]) + " |",
         "",
     ]
     if mean["discriminator_won"] >= 0.5:
-        lines += ["**The discriminator has won**: it tells 19 of 20 tokens right, and the student learns little more. Lower --distil-heads-lr.", ""]
+        lines += [
+            "**The discriminator has won**: it tells 19 of 20 tokens right, and the student learns "
+            "little more. Lower --distil-heads-lr.",
+            "",
+        ]
     return lines
 
 
 def write_report(folder, data, settings, preset, command, results, seconds, device, memory_gib):
     """folder/report.md."""
-    n = results["n"]
+    n, tests = f"{results['n']:,}", f"{results['test_images']:,}"
+    guidances = ", ".join(f"{g:g}" for g in settings.eval_guidances)
     lines = [
         f"# ADD on {data.name}",
         "",
-        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · {settings.precision} · torch {torch.__version__} · "
-        f"commit {commit()}",
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · "
+        f"{settings.precision} · torch {torch.__version__} · commit {commit()}",
         "",
-        f"{len(data.train_images):,} training images, {results['test_images']:,} held-out test images, "
+        f"{len(data.train_images):,} training images, {tests} held-out test images, "
         f"{len(data.classes)} classes.",
         "",
         "![teacher and student from the same noise](comparison.png)",
@@ -131,32 +194,41 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         "",
         *table(results),
         "",
-        f"The Fréchet distance is taken in the 64 features of this run's metric network (a small CNN, "
-        f"{results['metric_accuracy']:.1%} accurate on the test images, not the discriminator's network nor its "
-        f"architecture), between {n:,} generated images and the {results['test_images']:,} test images. It is not FID, "
-        f"and compares only within this report. {n:,} real training images in the place of generated ones give the "
-        f"first row; all of them give {results['floor']:.2f}. Precision and recall: k-NN, k = 5, against {n:,} test "
-        f"images. Variance: within a class, mean over the classes. The teacher's guidance is the one with the least distance at "
-        f"{results['search_steps']} steps, of {', '.join(f'{g:g}' for g in settings.eval_guidances)}; the student uses none.",
+        "The Fréchet distance is taken in the 64 features of this run's metric network (a small "
+        f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, not the "
+        "discriminator's network nor its architecture), "
+        f"between {n} generated images and the {tests} test images. "
+        "It is not FID, and compares only within this report. "
+        f"{n} real training images in the place of generated ones give the first row; "
+        f"all of them give {results['floor']:.2f}. "
+        f"Precision and recall: k-NN, k = 5, against {n} test images. "
+        "Variance: within a class, mean over the classes. "
+        "The teacher's guidance is the one with the least distance at "
+        f"{results['search_steps']} steps, of {guidances}; the student uses none.",
         "",
         "## Goals",
         "",
         "| one-step and few-step student against its teacher | measured | goal | |",
         "|---|---|---|---|",
-        *(f"| {what} | {v:.3f} | {goal} | {'met' if met else '**missed**'} |" for what, v, goal, met in goals(results, preset)),
+        *(
+            f"| {what} | {v:.3f} | {goal} | {'met' if met else '**missed**'} |"
+            for what, v, goal, met in goals(results, preset)
+        ),
         "",
         "## Health",
         "",
-        "Means over the last tenth of the ADD stage's log; [what they should be](../../toy/README.md#what-the-log-tells).",
+        "Means over the last tenth of the ADD stage's log; "
+        "[what they should be](../../toy/README.md#what-the-log-tells).",
         "",
         *health(read_log(folder / "distil" / "log.csv")),
         "## Seconds",
         "",
         "| " + " | ".join(seconds) + " | all |",
         "|" + "---|" * (len(seconds) + 1),
-        "| " + " | ".join(f"{s:.0f}" for s in seconds.values()) + f" | {sum(seconds.values()):.0f} |",
+        "| " + " | ".join(f"{s:.0f}" for s in [*seconds.values(), sum(seconds.values())]) + " |",
         "",
-        f"Peak memory of the process: {memory_gib:.2f} GiB. A stage that was reused counts with the seconds it once took.",
+        f"Peak memory of the process: {memory_gib:.2f} GiB. "
+        "A stage that was reused counts with the seconds it once took.",
         "",
         "## Pictures",
         "",
@@ -164,8 +236,8 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         "",
         "![refinement](refinement.png)",
         "",
-        "What the distillation loss asks for: a real image x_0, diffused to x_s, what the student makes of it, that "
-        "diffused again, and what the teacher makes of that, the target:",
+        "What the distillation loss asks for: a real image x_0, diffused to x_s, what the student "
+        "makes of it, that diffused again, and what the teacher makes of that, the target:",
         "",
         "![reconstruction targets](targets.png)",
         "",

@@ -1,13 +1,15 @@
 """Train a teacher, distil it with ADD, look at the pictures and the table: python toy/run.py
 
-Stages: data, feature network F, metric network, teacher, ADD, evaluation, report. Each is kept in the run folder and
-reused when its settings are the same. Stop with Ctrl-C at any time; `--resume` continues.
+Stages: data, feature network F, metric network, teacher, ADD, evaluation, report. Each is kept in
+the run folder and reused when its settings are the same. Stop with Ctrl-C at any time; `--resume`
+continues.
 """
 
 import os
 
-# OpenMP's idle threads spin for milliseconds by default. On a machine that does anything else too, that made a step 15
-# times slower; never spinning costs 40 % on an idle one. This many turns (microseconds) are a good middle.
+# OpenMP's idle threads spin for milliseconds by default. On a machine that does anything else too,
+# that made a step 15 times slower; never spinning costs 40 % on an idle one. This many turns
+# (microseconds) are a good middle.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
@@ -21,14 +23,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import CheckpointError, Stopped, be_deterministic, one_line, peak_memory, read_last, stop_on_signals, write_text
+from common.checkpoints import (
+    CheckpointError,
+    Stopped,
+    be_deterministic,
+    one_line,
+    peak_memory,
+    read_last,
+    stop_on_signals,
+    write_text,
+)
 from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student
 from toy.evaluate import evaluate
 from toy.features import TeacherEncoder, make_features
-from toy.loop import TrainingError
+from toy.loop import Stage, TrainingError
 from toy.metrics import train_metric_net
 from toy.networks import has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
@@ -37,15 +48,27 @@ from toy.teacher import train_teacher
 
 def parse_arguments(argv):
     """(arguments, {setting: value} of those given)."""
-    parser = argparse.ArgumentParser(prog="toy/run.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: gpu with CUDA or MPS, else cpu")
+    parser = argparse.ArgumentParser(
+        prog="toy/run.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), help="default: gpu with CUDA or MPS, else cpu"
+    )
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/DATASET-PRESET")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, with its settings")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run, with its settings"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_flags(parser.add_argument_group("settings (what is not given comes from the preset)"), Settings, "cpu preset")
+    add_flags(
+        parser.add_argument_group("settings (what is not given comes from the preset)"),
+        Settings,
+        "cpu preset",
+    )
     arguments = parser.parse_args(argv)
     own = {"preset", "device", "out", "resume", "threads", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
@@ -53,40 +76,58 @@ def parse_arguments(argv):
 
 def pick_device(name):
     """CUDA, then MPS, then the CPU; or the one asked for. ValueError if it is not there."""
-    available = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
+    available = [
+        d
+        for d, there in (
+            ("cuda", torch.cuda.is_available()),
+            ("mps", torch.backends.mps.is_available()),
+        )
+        if there
+    ]
     available.append("cpu")
     if name and name.split(":")[0] not in available:
-        raise ValueError(f"--device {name}: not available here; this machine has {', '.join(available)}")
+        raise ValueError(
+            f"--device {name}: not available here; this machine has {', '.join(available)}"
+        )
     try:
         return torch.empty(0, device=name or available[0]).device
     except RuntimeError as error:
-        raise ValueError(f"--device {name}: not available here ({one_line(error)[:150]})") from error
+        raise ValueError(
+            f"--device {name}: not available here ({one_line(error)[:150]})"
+        ) from error
 
 
 def configure(arguments, given, device):
-    """(settings, preset, run folder): from the preset and the flags, or on --resume from the folder's config.json."""
+    """(settings, preset, run folder): from the preset and the flags, or on --resume from the
+    folder's config.json."""
     preset = arguments.preset or ("cpu" if device.type == "cpu" else "gpu")
     settings = Settings(**PRESETS[preset] | given)
     folder = arguments.out or Path("runs") / f"{settings.dataset}-{preset}"
     config = folder / "config.json"
     if arguments.resume:
         if not config.exists():
-            raise ValueError(f"--resume: there is no run in {folder}; name its folder with --out, or leave --resume out")
+            raise ValueError(
+                f"--resume: there is no run in {folder}; name its folder with --out, or leave "
+                "--resume out"
+            )
         try:
             stored = json.loads(config.read_text())
             preset, settings = stored["preset"], from_dict(Settings, stored["settings"] | given)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{config}: not the settings of a run ({error}); start over without --resume") from error
+            raise ValueError(
+                f"{config}: not the settings of a run ({error}); start over without --resume"
+            ) from error
     return settings, preset, folder
 
 
 def refuse_unfinished(folder, stage, key):
-    """ValueError if a stage of this very run was interrupted: going on has to be asked for, and so has throwing away."""
+    """ValueError if a stage of this very run was interrupted: going on has to be asked for, and so
+    has throwing away."""
     state = read_last(folder / stage / "checkpoint.pt")
     if state and state.get("key") == key and not state["finished"]:
         raise ValueError(
-            f"--out {folder}: {stage} is unfinished, at step {state['step']}; --resume goes on with it, removing "
-            f"{folder / stage} starts it over"
+            f"--out {folder}: {stage} is unfinished, at step {state['step']}; "
+            f"--resume goes on with it, removing {folder / stage} starts it over"
         )
 
 
@@ -111,12 +152,20 @@ def run(arguments, given):
         be_deterministic()
     began = time.time()
     data = datasets.load(
-        settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size, limit=settings.limit or None,
+        settings.dataset,
+        Path(settings.data_dir),
+        seed=settings.seed,
+        size=settings.size,
+        limit=settings.limit or None,
         max_bad_files=settings.max_bad_files,
     )
     datasets.check_classes(data)
     seconds = {"data": time.time() - began}
-    print(f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: {folder}", flush=True)
+    print(
+        f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: "
+        f"{folder}",
+        flush=True,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     precision = settings.precision
     if precision == "auto":
@@ -127,18 +176,21 @@ def run(arguments, given):
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    keys = {stage: stage_key(settings, stage, data.fingerprint) for stage in STAGES}
+    keys = {name: stage_key(settings, name, data.fingerprint) for name in STAGES}
     if not arguments.resume:
-        for stage in STAGES:
-            refuse_unfinished(folder, stage, keys[stage])
+        for name, key in keys.items():
+            refuse_unfinished(folder, name, key)
+
+    def stage(name):
+        return Stage(folder / name, data, settings, device, keys[name])
 
     # F comes first: a DINOv2 that cannot be loaded should not cost a teacher's training.
-    features, seconds["features"] = make_features(folder / "features", data, settings, device, keys["features"])
-    metric_net, seconds["metric"] = train_metric_net(folder / "metric", data, settings, device, keys["metric"])
-    teacher, seconds["teacher"] = train_teacher(folder / "teacher", data, settings, device, keys["teacher"])
+    features, seconds["features"] = make_features(stage("features"))
+    metric_net, seconds["metric"] = train_metric_net(stage("metric"))
+    teacher, seconds["teacher"] = train_teacher(stage("teacher"))
     features = features or TeacherEncoder(teacher, settings.seed)
     started = make_student(teacher, settings).eval()
-    student, seconds["ADD"] = distil(folder / "distil", data, settings, teacher, features, device, keys["distil"])
+    student, seconds["ADD"] = distil(stage("distil"), teacher, features)
 
     path = folder / "results.json"
     stored = read_results(path)
@@ -151,27 +203,49 @@ def run(arguments, given):
     results, seconds["evaluation"] = stored["results"], stored["seconds"]
 
     began = time.time()
-    pictures.comparison(folder / "comparison.png", teacher, started, student, data, settings, results["best_guidance"], device)
+    pictures.comparison(
+        folder / "comparison.png",
+        teacher,
+        started,
+        student,
+        data,
+        settings,
+        results["best_guidance"],
+        device,
+    )
     pictures.refinement(folder / "refinement.png", student, data, settings, device)
     pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
     pictures.curves(folder / "curves.png", folder)
     pictures.cost(folder / "cost.png", results)
     seconds["pictures"] = time.time() - began
     command = "python toy/run.py " + shlex.join(sys.argv[1:])
-    report.write_report(folder, data, settings, preset, command.strip(), results, seconds, device,
-        peak_memory(torch.device("cpu")))
+    report.write_report(
+        folder,
+        data,
+        settings,
+        preset,
+        command.strip(),
+        results,
+        seconds,
+        device,
+        peak_memory(torch.device("cpu")),
+    )
     return folder, results, preset
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by SIGTERM, after saving (a
-    second one: at once)."""
+    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by
+    SIGTERM, after saving (a second one: at once)."""
     arguments, given = parse_arguments(argv)
     stop_on_signals()
     try:
         folder, results, preset = run(arguments, given)
     except Stopped as stopped:
-        print(f"\nstopped by {stopped}; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nstopped by {stopped}; the same command with --resume goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+        )
         return stopped.code
     except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
         if arguments.debug:

@@ -1,4 +1,5 @@
-"""Draw images from a finished run: python toy/sample.py --run runs/auto-cpu --steps 1 --class 7 --seed 0 --out grid.png"""
+"""Draw images from a finished run: python toy/sample.py --run runs/auto-cpu --steps 1 --class 7
+--seed 0 --out grid.png"""
 
 import argparse
 import sys
@@ -19,11 +20,17 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="toy/sample.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished toy/run.py")
     parser.add_argument("--steps", type=int, default=1, help="student steps, 1 to 4 (default 1)")
-    parser.add_argument("--class", dest="label", help="a class by name or number; default: every class in turn")
+    parser.add_argument(
+        "--class", dest="label", help="a class by name or number; default: every class in turn"
+    )
     parser.add_argument("--n", type=int, default=64, help="how many images (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write (default grid.png)")
-    parser.add_argument("--scale", type=int, default=2, help="pixels of the PNG for each of the image's (default 2)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("grid.png"), help="PNG to write (default grid.png)"
+    )
+    parser.add_argument(
+        "--scale", type=int, default=2, help="pixels of the PNG for each of the image's (default 2)"
+    )
     return parser.parse_args(argv)
 
 
@@ -33,7 +40,10 @@ def class_number(label, classes):
         return classes.index(label)
     if label.isdigit() and int(label) < len(classes):
         return int(label)
-    raise ValueError(f"--class {label}: no such class; there are {', '.join(classes)}, or numbers 0…{len(classes) - 1}")
+    raise ValueError(
+        f"--class {label}: no such class; there are {', '.join(classes)}, or numbers "
+        f"0…{len(classes) - 1}"
+    )
 
 
 def draw(arguments):
@@ -48,7 +58,11 @@ def draw(arguments):
     else:
         labels = torch.full((arguments.n,), class_number(arguments.label, classes))
     images = sample_student(student, noise, labels, arguments.steps, arguments.seed + 1)
-    images = ((images + 1) / 2).repeat_interleave(arguments.scale, 2).repeat_interleave(arguments.scale, 3)
+    images = (
+        ((images + 1) / 2)
+        .repeat_interleave(arguments.scale, 2)
+        .repeat_interleave(arguments.scale, 3)
+    )
     columns = 10 if arguments.label is None else max(1, round(arguments.n**0.5))
     save_image(images, arguments.out, nrow=columns, padding=arguments.scale, pad_value=0.35)
 

@@ -1,4 +1,5 @@
-"""How the toy draws: the teacher by DDIM or DPM-Solver++, the student in a few steps, in batches, from seeded noise."""
+"""How the toy draws: the teacher by DDIM or DPM-Solver++, the student in a few steps, in batches,
+from seeded noise."""
 
 import torch
 
@@ -23,10 +24,12 @@ def trailing_timesteps(T, steps):
 
 
 def dpm_solver(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
-    """x̂_0 after DPM-Solver++(2M) steps (Lu et al. 2022, Alg. 2) from x_t at timesteps[0]; called as add.ddim is.
+    """x̂_0 after DPM-Solver++(2M) steps (Lu et al. 2022, Alg. 2) from x_t at timesteps[0]; called
+    as add.ddim is.
 
-    DDIM's step, with x̂_0 extrapolated from this step and the one before, linearly in λ = log(α/σ): of second order.
-    timesteps must fall strictly. At zero terminal SNR λ is -∞, and nothing is extrapolated from there.
+    DDIM's step, with x̂_0 extrapolated from this step and the one before, linearly in λ = log(α/σ):
+    of second order. timesteps must fall strictly. At zero terminal SNR λ is -∞, and nothing is
+    extrapolated from there.
     """
     schedule = denoiser.schedule
 
@@ -34,23 +37,36 @@ def dpm_solver(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
         alpha, sigma = schedule.coefficients(t)
         return (alpha / sigma).log()
 
+    before = None  # x̂_0 of the step before
     for i, t in enumerate(timesteps):
         x_0 = denoiser(x_t, t, cond, guidance, null_cond)
         if i + 1 == len(timesteps):
             return x_0
         extrapolated = x_0
         if i > 0:
-            growth = (log_ratio(timesteps[i + 1]) - log_ratio(t)) / (log_ratio(t) - log_ratio(timesteps[i - 1]))
-            extrapolated = x_0 + growth / 2 * (x_0 - x_0_before)
-        x_0_before, (alpha, sigma) = x_0, schedule.coefficients(t)
+            growth = (log_ratio(timesteps[i + 1]) - log_ratio(t)) / (
+                log_ratio(t) - log_ratio(timesteps[i - 1])
+            )
+            extrapolated = x_0 + growth / 2 * (x_0 - before)
+        before, (alpha, sigma) = x_0, schedule.coefficients(t)
         x_t = schedule.diffuse(extrapolated, (x_t - alpha * extrapolated) / sigma, timesteps[i + 1])
 
 
 @torch.no_grad()
 def denoise(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
-    """One batch of the teacher's images in the space that is diffused, (B, C, H, W), from unit noise; labels (B,)."""
-    timesteps = [torch.full_like(labels, t) for t in trailing_timesteps(len(teacher.schedule), steps)]
-    return sampler(teacher, noise, timesteps, labels, guidance, torch.full_like(labels, teacher.network.classes))
+    """One batch of the teacher's images in the space that is diffused, (B, C, H, W), from unit
+    noise; labels (B,)."""
+    timesteps = [
+        torch.full_like(labels, t) for t in trailing_timesteps(len(teacher.schedule), steps)
+    ]
+    return sampler(
+        teacher,
+        noise,
+        timesteps,
+        labels,
+        guidance,
+        torch.full_like(labels, teacher.network.classes),
+    )
 
 
 def sample_teacher(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
@@ -61,7 +77,8 @@ def sample_teacher(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
 
 
 def sample_student(student, noise, labels, steps, seed):
-    """Images (N, C, H, W) in the range of decode from unit noise; seed is of the fresh noise between steps."""
+    """Images (N, C, H, W) in the range of decode from unit noise; seed is of the fresh noise
+    between steps."""
     generator = torch.Generator(noise.device).manual_seed(seed)
     batches = zip(noise.split(BATCH), labels.split(BATCH), strict=True)
     images = [student.sample(z, y, steps, generator=generator) for z, y in batches]

@@ -1,7 +1,9 @@
-"""Every setting of the toy with its default, its presets, and the command-line flags made from them.
+"""Every setting of the toy with its default, its presets, and the command-line flags made from
+them.
 
-A setting belongs to the stage whose name it starts with: stage_key() names what a stage's result depends on, so that a
-stage is done again exactly when one of its own settings, its data or an earlier stage has changed.
+A setting belongs to the stage whose name it starts with: stage_key() names what a stage's result
+depends on, so that a stage is done again exactly when one of its own settings, its data or an
+earlier stage has changed.
 """
 
 import dataclasses
@@ -18,36 +20,87 @@ COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 class Settings:
     """One run. The defaults are the `cpu` preset's."""
 
-    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10 or folder", ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder"))
-    data_dir: str = option("data", "where the data set is, or is downloaded to; for folder: the folder of class folders")
+    dataset: str = option(
+        "auto",
+        "auto, glyphs, mnist, fashion-mnist, cifar10 or folder",
+        ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder"),
+    )
+    data_dir: str = option(
+        "data",
+        "where the data set is, or is downloaded to; for folder: the folder of class folders",
+    )
     size: int = option(32, "height and width of the images, in pixels", limits=(8, 1024))
-    flip: str = option("auto", "mirror half of the training images: true, false, or auto: of CIFAR-10 alone", ("auto", "true", "false"))
+    flip: str = option(
+        "auto",
+        "mirror half of the training images: true, false, or auto: of CIFAR-10 alone",
+        ("auto", "true", "false"),
+    )
     limit: int = option(0, "use only so many training and so many test images (0: all)")
-    max_bad_files: int = option(0, "of a folder: files that cannot be read and are left out, after a line about each; one more is an error")
+    max_bad_files: int = option(
+        0,
+        "of a folder: files that cannot be read and are left out, after a line about each; one "
+        "more is an error",
+    )
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
-    checkpoint_seconds: float = option(60.0, "time between checkpoints: what a crash costs at the most")
-    precision: str = option("auto", "of teacher and student: fp32, bf16 (mixed), or auto: bf16 on x86 CPUs (torch 2.11) and GPUs that are faster with it", ("auto", "fp32", "bf16"))
-    deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
-    skip_nonfinite: int = option(0, "steps of a stage whose loss or gradient may be infinite or no number; they are skipped and counted")
+    checkpoint_seconds: float = option(
+        60.0, "time between checkpoints: what a crash costs at the most"
+    )
+    precision: str = option(
+        "auto",
+        "of teacher and student: fp32, bf16 (mixed), or auto: bf16 on x86 CPUs (torch 2.11) and "
+        "GPUs that are faster with it",
+        ("auto", "fp32", "bf16"),
+    )
+    deterministic: bool = option(
+        False, "on CUDA: only algorithms that give the same bits every time (slower)"
+    )
+    skip_nonfinite: int = option(
+        0,
+        "steps of a stage whose loss or gradient may be infinite or no number; they are skipped "
+        "and counted",
+    )
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
 
-    teacher_widths: tuple[int, ...] = option((32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT)
+    teacher_widths: tuple[int, ...] = option(
+        (32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT
+    )
     teacher_blocks: int = option(1, "residual blocks at each resolution, down and up", limits=COUNT)
-    teacher_schedule: str = option("scaled_linear", "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine", ("scaled_linear", "linear", "cosine"))
-    teacher_zero_snr: bool = option(False, "rescale the schedule to zero terminal SNR (not with epsilon)")
-    teacher_prediction: str = option("v", "what the U-Net predicts: v, epsilon or x_0", ("v", "epsilon", "x_0"))
+    teacher_schedule: str = option(
+        "scaled_linear",
+        "noise schedule: scaled_linear (Stable Diffusion's), linear, cosine",
+        ("scaled_linear", "linear", "cosine"),
+    )
+    teacher_zero_snr: bool = option(
+        False, "rescale the schedule to zero terminal SNR (not with epsilon)"
+    )
+    teacher_prediction: str = option(
+        "v", "what the U-Net predicts: v, epsilon or x_0", ("v", "epsilon", "x_0")
+    )
     teacher_steps: int = option(950, "training steps of the teacher", limits=COUNT)
     teacher_batch: int = option(128, "its batch size", limits=COUNT)
     teacher_lr: float = option(1e-3, "its learning rate", limits=RATE)
-    teacher_ema: float = option(18_000, "images after which one counts half in the moving average of its weights", limits=COUNT)
+    teacher_ema: float = option(
+        18_000,
+        "images after which one counts half in the moving average of its weights",
+        limits=COUNT,
+    )
     teacher_dropout: float = option(0.0, "dropout in its residual blocks", limits=(0, 0.99))
-    teacher_label_dropout: float = option(0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE)
+    teacher_label_dropout: float = option(
+        0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE
+    )
 
-    features: str = option("teacher", "the discriminator's F: teacher (its encoder), classifier or denoiser (a ViT, trained here on the data), or dinov2 (torch.hub)", ("teacher", "classifier", "denoiser", "dinov2"))
+    features: str = option(
+        "teacher",
+        "the discriminator's F: teacher (its encoder), classifier or denoiser (a ViT, trained here "
+        "on the data), or dinov2 (torch.hub)",
+        ("teacher", "classifier", "denoiser", "dinov2"),
+    )
     features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
     features_width: int = option(96, "its channels", limits=COUNT)
-    features_depth: int = option(3, "its blocks; the heads read the patch embedding and every block", limits=COUNT)
+    features_depth: int = option(
+        3, "its blocks; the heads read the patch embedding and every block", limits=COUNT
+    )
     features_steps: int = option(600, "its training steps", limits=COUNT)
 
     distil_steps: int = option(1200, "ADD iterations", limits=COUNT)
@@ -55,24 +108,49 @@ class Settings:
     distil_student_lr: float = option(2e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(2e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
-    distil_ema: float = option(12_000, "images after which one counts half in the student's moving average", limits=COUNT)
-    distil_timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student; pure noise stands in for the last")
+    distil_ema: float = option(
+        12_000, "images after which one counts half in the student's moving average", limits=COUNT
+    )
+    distil_timesteps: tuple[int, ...] = option(
+        (249, 499, 749, 999), "T_student; pure noise stands in for the last"
+    )
     distil_lambda: float = option(7.0, "weight of the distillation loss (the paper's: 2.5)")
     distil_gamma: float = option(1e-5, "weight of R1")
-    distil_weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
-    distil_guidance: float = option(1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE)
+    distil_weight: str = option(
+        "exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd")
+    )
+    distil_guidance: float = option(
+        1.0, "the teacher's guidance in the distillation loss", limits=GUIDANCE
+    )
     distil_teacher_steps: int = option(1, "DDIM steps of the teacher's target", limits=COUNT)
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(True, "condition the heads on F's summary of x_0")
-    distil_augment: tuple[str, ...] = option((), "DiffAugment before F: color, translation, cutout", ("color", "translation", "cutout"))
+    distil_augment: tuple[str, ...] = option(
+        (), "DiffAugment before F: color, translation, cutout", ("color", "translation", "cutout")
+    )
     distil_head_width: int = option(32, "channels inside a head", limits=COUNT)
     distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=(1, 15))
     distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
 
-    eval_images: int = option(1000, "generated images that each figure is taken from", limits=(20, 10**6))
-    eval_guidances: tuple[float, ...] = option((1.0, 1.5, 2.0), "the teacher's, of which the one that is best at --eval-search-steps is used", limits=GUIDANCE)
-    eval_search_steps: int = option(10, "DDIM steps at which the guidance is chosen, if there are several; at most, and for 0, the last of --eval-steps", limits=(0, 1000))
-    eval_steps: tuple[int, ...] = option((1, 4, 10, 50), "DDIM steps at which the teacher is scored, rising; the student is held against the last", limits=(1, 1000))
+    eval_images: int = option(
+        1000, "generated images that each figure is taken from", limits=(20, 10**6)
+    )
+    eval_guidances: tuple[float, ...] = option(
+        (1.0, 1.5, 2.0),
+        "the teacher's, of which the one that is best at --eval-search-steps is used",
+        limits=GUIDANCE,
+    )
+    eval_search_steps: int = option(
+        10,
+        "DDIM steps at which the guidance is chosen, if there are several; at most, and for 0, the "
+        "last of --eval-steps",
+        limits=(0, 1000),
+    )
+    eval_steps: tuple[int, ...] = option(
+        (1, 4, 10, 50),
+        "DDIM steps at which the teacher is scored, rising; the student is held against the last",
+        limits=(1, 1000),
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -84,43 +162,96 @@ class Settings:
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
                 raise ValueError(f"--{flag(name)} {show(getattr(self, name))}: must rise strictly")
         if self.distil_timesteps[-1] >= 1000:
-            raise ValueError(f"--distil-timesteps {show(self.distil_timesteps)}: the last must be at most 999; the schedules have T = 1000")
+            raise ValueError(
+                f"--distil-timesteps {show(self.distil_timesteps)}: the last must be at most 999; "
+                "the schedules have T = 1000"
+            )
         if self.teacher_zero_snr and self.teacher_prediction == "epsilon":
-            raise ValueError("--teacher-zero-snr true: not with --teacher-prediction epsilon, whose x_0 is singular there; take v or x_0")
+            raise ValueError(
+                "--teacher-zero-snr true: not with --teacher-prediction epsilon, whose x_0 is "
+                "singular there; take v or x_0"
+            )
         if self.distil_weight == "nfsd" and self.distil_teacher_steps != 1:
-            raise ValueError(f"--distil-teacher-steps {self.distil_teacher_steps}: must be 1 with --distil-weight nfsd")
-        least = 2 ** max(2, len(self.teacher_widths))  # the teacher's encoder, as F, folds its finest maps once more
+            raise ValueError(
+                f"--distil-teacher-steps {self.distil_teacher_steps}: must be 1 with "
+                "--distil-weight nfsd"
+            )
+        # The teacher's encoder, as F, folds its finest maps once more.
+        least = 2 ** max(2, len(self.teacher_widths))
         if self.size % least or any(width % 8 for width in self.teacher_widths):
             raise ValueError(
-                f"--teacher-widths {show(self.teacher_widths)}: each must be a multiple of 8, and --size {self.size} one of "
-                f"{least} with so many resolutions"
+                f"--teacher-widths {show(self.teacher_widths)}: each must be a multiple of 8, and "
+                f"--size {self.size} one of {least} with so many resolutions"
             )
         if self.features_width % 4:
-            raise ValueError(f"--features-width {self.features_width}: must be a multiple of 4, the heads of its attention")
+            raise ValueError(
+                f"--features-width {self.features_width}: must be a multiple of 4, the heads of "
+                "its attention"
+            )
         if self.size % self.features_patch:
-            raise ValueError(f"--features-patch {self.features_patch}: must divide --size {self.size}")
+            raise ValueError(
+                f"--features-patch {self.features_patch}: must divide --size {self.size}"
+            )
 
 
 PRESETS = {
     "cpu": {},
     "long": dict(
-        metric_steps=400, teacher_steps=4000, teacher_ema=90_000, features_depth=4, features_steps=1000, distil_steps=4000,
-        distil_ema=20_000, eval_images=2000, eval_search_steps=0,
+        metric_steps=400,
+        teacher_steps=4000,
+        teacher_ema=90_000,
+        features_depth=4,
+        features_steps=1000,
+        distil_steps=4000,
+        distil_ema=20_000,
+        eval_images=2000,
+        eval_search_steps=0,
     ),
     "gpu": dict(
-        metric_steps=2000, teacher_widths=(128, 256, 256), teacher_blocks=2, teacher_steps=40_000, teacher_batch=256, teacher_lr=2e-4,
-        teacher_ema=500_000, teacher_dropout=0.1, features_depth=4, features_steps=5000, features_width=192, distil_steps=20_000,
-        distil_batch=256, distil_student_lr=1e-4, distil_heads_lr=1e-4, distil_ema=100_000, distil_head_width=128, distil_c_map=64,
-        eval_images=5000, eval_search_steps=0,
+        metric_steps=2000,
+        teacher_widths=(128, 256, 256),
+        teacher_blocks=2,
+        teacher_steps=40_000,
+        teacher_batch=256,
+        teacher_lr=2e-4,
+        teacher_ema=500_000,
+        teacher_dropout=0.1,
+        features_depth=4,
+        features_steps=5000,
+        features_width=192,
+        distil_steps=20_000,
+        distil_batch=256,
+        distil_student_lr=1e-4,
+        distil_heads_lr=1e-4,
+        distil_ema=100_000,
+        distil_head_width=128,
+        distil_c_map=64,
+        eval_images=5000,
+        eval_search_steps=0,
     ),
     "tiny": dict(
-        limit=256, metric_steps=4, teacher_widths=(8, 16), teacher_steps=6, teacher_batch=16, features_width=16, features_depth=2,
-        features_steps=4, distil_steps=6, distil_batch=16, distil_head_width=8, distil_c_map=8, eval_images=64,
-        eval_guidances=(1.0, 2.0), eval_search_steps=2, eval_steps=(1, 4),
+        limit=256,
+        metric_steps=4,
+        teacher_widths=(8, 16),
+        teacher_steps=6,
+        teacher_batch=16,
+        features_width=16,
+        features_depth=2,
+        features_steps=4,
+        distil_steps=6,
+        distil_batch=16,
+        distil_head_width=8,
+        distil_c_map=8,
+        eval_images=64,
+        eval_guidances=(1.0, 2.0),
+        eval_search_steps=2,
+        eval_steps=(1, 4),
     ),
-}  # fmt: skip
+}
 
-STAGES = {  # what each stage's result depends on: fields that start with its name, and the stages before it
+# What each stage's result depends on: the stages before it, and fields besides those that start
+# with its name.
+STAGES = {
     "data": ((), ()),  # see stage_key
     "metric": (("data",), ()),
     "teacher": (("data",), ("precision", "flip")),
@@ -134,8 +265,12 @@ def stage_key(settings, stage, fingerprint):
     """A short hash of all that a stage's result depends on; fingerprint is the data's."""
     parents, names = STAGES[stage]
     own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    own = {name: value for name, value in own.items() if name in names or name.split("_")[0] == stage}
+    own = {
+        name: value for name, value in own.items() if name in names or name.split("_")[0] == stage
+    }
     if stage == "data":
         own = {"fingerprint": fingerprint, "seed": settings.seed}
-    text = json.dumps([own, [stage_key(settings, parent, fingerprint) for parent in parents]], sort_keys=True)
+    text = json.dumps(
+        [own, [stage_key(settings, parent, fingerprint) for parent in parents]], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,5 @@
-"""Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an EMA."""
+"""Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an
+EMA."""
 
 import math
 
@@ -17,19 +18,30 @@ def linear_schedule(T=1000, beta_start=1e-4, beta_end=0.02):
 
 
 def cosine_schedule(T=1000, offset=0.008):
-    """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)) (Nichol & Dhariwal 2021)."""
-    f = torch.cos(math.pi / 2 * (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)) ** 2
+    """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)) (Nichol & Dhariwal
+    2021)."""
+    f = (
+        torch.cos(
+            math.pi / 2 * (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)
+        )
+        ** 2
+    )
     return NoiseSchedule.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999).float())
 
 
-SCHEDULES = {"scaled_linear": NoiseSchedule.scaled_linear, "linear": linear_schedule, "cosine": cosine_schedule}
+SCHEDULES = {
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "linear": linear_schedule,
+    "cosine": cosine_schedule,
+}
 
 
 class Standardize:
-    """Pixels in [-1, 1] → the space that is diffused, with mean 0 and deviation 1, as a latent model's VAE and scale do.
+    """Pixels in [-1, 1] → the space that is diffused, with mean 0 and deviation 1, as a latent
+    model's VAE and scale do.
 
-    Noise schedules are made for such data. Digits have mean -0.8: at α_T > 0 the pure noise that sampling starts from
-    would look to the network like an image much too bright.
+    Noise schedules are made for such data. Digits have mean -0.8: at α_T > 0 the pure noise that
+    sampling starts from would look to the network like an image much too bright.
     """
 
     def __init__(self, mean, std):
@@ -58,8 +70,22 @@ def make_denoiser(channels, classes, settings, standardize):
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
     bf16 = settings.precision == "bf16"
-    network = UNet(channels, classes, settings.teacher_widths, settings.teacher_blocks, bf16=bf16, dropout=settings.teacher_dropout)
-    return Denoiser(network, schedule, settings.teacher_prediction, standardize, standardize.inverse, standardize.clip)
+    network = UNet(
+        channels,
+        classes,
+        settings.teacher_widths,
+        settings.teacher_blocks,
+        bf16=bf16,
+        dropout=settings.teacher_dropout,
+    )
+    return Denoiser(
+        network,
+        schedule,
+        settings.teacher_prediction,
+        standardize,
+        standardize.inverse,
+        standardize.clip,
+    )
 
 
 def training_target(x_0, noise, alpha, sigma, prediction):
@@ -67,18 +93,23 @@ def training_target(x_0, noise, alpha, sigma, prediction):
     return {"epsilon": noise, "v": alpha * noise - sigma * x_0, "x_0": x_0}[prediction]
 
 
-def train_teacher(folder, data, settings, device, key):
+def train_teacher(stage):
     """(Denoiser with the EMA weights, seconds)."""
+    data, settings, device = stage.data, stage.settings, stage.device
     torch.manual_seed(settings.seed + 3)
     classes, steps = len(data.classes), settings.teacher_steps
     standardize = Standardize.of(to_float(data.train_images))
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
     ema = make_ema(network, settings.teacher_batch, settings.teacher_ema)
-    optimizer = torch.optim.Adam(network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(
+        network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=device.type == "cuda"
+    )
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
     images, labels = data.train_images.to(device), data.train_labels.to(device)
-    batches = Batches(images, labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true")
+    batches = Batches(
+        images, labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true"
+    )
     generator = torch.Generator(device).manual_seed(settings.seed + 3)
 
     @recorded(device, generators=[generator])
@@ -86,7 +117,10 @@ def train_teacher(folder, data, settings, device, key):
         x_0 = denoiser.encode(images)
         t = torch.randint(len(schedule), (len(x_0),), device=device, generator=generator)
         noise = torch.randn(x_0.shape, device=device, generator=generator)
-        dropped = torch.rand(len(x_0), device=device, generator=generator) < settings.teacher_label_dropout
+        dropped = (
+            torch.rand(len(x_0), device=device, generator=generator)
+            < settings.teacher_label_dropout
+        )
         output = network(schedule.diffuse(x_0, noise, t), t, labels.masked_fill(dropped, classes))
         target = training_target(x_0, noise, *schedule.coefficients(t), denoiser.prediction)
         loss = (output - target).square().mean()
@@ -100,9 +134,13 @@ def train_teacher(folder, data, settings, device, key):
         return {"loss": loss.detach(), "gradient": norm}
 
     parts = {
-        "network": network, "ema": ema, "optimizer": optimizer, "lr": lr, "batches": batches,
+        "network": network,
+        "ema": ema,
+        "optimizer": optimizer,
+        "lr": lr,
+        "batches": batches,
         "generator": GeneratorState(generator),
-    }  # fmt: skip
-    seconds = run_loop(folder, "teacher", parts, step, steps, key, settings)
+    }
+    seconds = run_loop(stage, "teacher", parts, step, steps)
     network.load_state_dict(ema.module.state_dict())
     return denoiser.eval().requires_grad_(False), seconds
