@@ -142,6 +142,12 @@ def relative(x, y):
     return (x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)
 
 
+def optimizers(model, lr=0.1):
+    """SGD for the student and for the heads, as ADD.step takes them."""
+    parts = model.student, model.discriminator.heads
+    return tuple(torch.optim.SGD(part.parameters(), lr=lr) for part in parts)
+
+
 def gradients(module):
     return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
 
@@ -154,6 +160,21 @@ def snapshot(module):
 def moved(module, before):
     """Names of the parameters and buffers that differ from an earlier snapshot."""
     return [name for name, x in module.state_dict().items() if not torch.equal(x, before[name])]
+
+
+def assert_refused(wrong, parts):
+    """wrong() raises a ValueError whose message has every part: the argument, its value, what is
+    allowed."""
+    with pytest.raises(ValueError) as error:
+        wrong()
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def assert_gradients_close(got, expected, rtol=1e-9, atol=1e-12):
+    """Float64 rounding, some 1e-16, through a dozen layers and sums over a few hundred elements."""
+    assert len(got) == len(expected)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
 
 
 # The paper again, from its equations: of add.py it takes the networks and the columns α, σ alone.
@@ -206,14 +227,6 @@ def naive_student_loss(model, batch, s, noise, t, noise_2):
     tokens = model.discriminator.features(x_hat)
     logits = model.discriminator.heads(tokens, batch.c_text, naive_c_img(model, batch, s))
     return -sum(x.mean() for x in logits) + model.config.lambda_ * distillation
-
-
-def assert_refused(wrong, parts):
-    """wrong() raises a ValueError whose message has every part: the argument, its value, what is
-    allowed."""
-    with pytest.raises(ValueError) as error:
-        wrong()
-    assert [part for part in parts if part not in str(error.value)] == []
 
 
 def naive_discriminator_loss(model, batch, s, noise):
