@@ -6,13 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 
-from full.settings import LICENCES, as_table
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from full.settings import LICENCES, as_table, torch_dtype
 
 
 def make_scheduler(scheduler_config, settings):
@@ -113,7 +110,7 @@ def save_pipeline(folder, backbone, state, settings):
     """The base pipeline, read anew, with the student's U-Net and scheduler, in settings.save_dtype: folder complete or
     not there. Of a LoRA the adapter stands beside it, as load_lora_weights reads it. state: the trainable parameters'
     names → tensors."""
-    dtype, temporary = DTYPES[settings.save_dtype], Path(f"{folder}.tmp")
+    dtype, temporary = torch_dtype(settings.save_dtype), Path(f"{folder}.tmp")
     unet, adapter = student_unet(backbone, state, settings)
     unet = unet.to(dtype)
     scheduler = make_scheduler(backbone.scheduler_config, settings)

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from full.architectures import TEXT_ENCODERS, UNETS, VAE, VITS, text_config
+from full.plan.architectures import TEXT_ENCODERS, UNETS, VAE, VITS, text_config
 
 TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}  # of ViT-g-14
 

@@ -50,10 +50,10 @@ def configure(arguments, given):
 
 
 def print_plan(settings, arguments):
-    """Prints full/plan.py's report. ValueError if the batch does not fit."""
-    from full import plan
+    """Prints full/plan/plan.py's report. ValueError if the batch does not fit."""
+    from full.plan.plan import plan
 
-    report, problem = plan.plan(settings, 1 if arguments.gpus is None else arguments.gpus, arguments.gpu or "a100-80")
+    report, problem = plan(settings, 1 if arguments.gpus is None else arguments.gpus, arguments.gpu or "a100-80")
     print(report, flush=True)
     if problem:
         raise ValueError(problem)
@@ -68,18 +68,18 @@ def run(arguments, given):
         raise ValueError("--gpus, --gpu: are for --plan; a run has the GPUs that `accelerate launch` gives it")
     if settings.deterministic:
         be_deterministic()
-    from full import export, train  # here: --help and mistakes in flags need not wait for diffusers
+    from full import checkpoint, export, parts, train  # here: --help and mistakes in flags need not wait for diffusers
 
-    accelerator = train.make_accelerator(settings, arguments.out)
+    accelerator = parts.make_accelerator(settings, arguments.out)
     main = accelerator.is_main_process
     if main:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        if not arguments.resume and any((arguments.out / "checkpoints").glob("step_*[0-9]")):
+        if not arguments.resume and checkpoint.saved(arguments.out):
             raise ValueError(f"--out {arguments.out}: holds a run; --resume auto goes on with it, another folder starts over")
         config = {"settings": dataclasses.asdict(settings), "commit": export.commit()}
     trainer = train.Trainer(settings, accelerator, arguments.out)
     if arguments.resume:
-        trainer.resume(arguments.resume)
+        checkpoint.resume(trainer, arguments.resume)
     if main:
         write_text(arguments.out / "config.json", json.dumps(config, indent=2) + "\n")
         count = sum(p.numel() for p in trainer.trained)

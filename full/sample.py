@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-DTYPES = ("fp16", "bf16", "fp32")
+from full.settings import DTYPES, torch_dtype
 
 
 def parse_arguments(argv):
@@ -68,8 +68,8 @@ def place(kind, arguments):
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    return load_pipeline(kind, arguments.pipeline, dtypes[arguments.dtype or ("fp16" if device != "cpu" else "fp32")]).to(device)
+    name = arguments.dtype or ("fp16" if device != "cpu" else "fp32")
+    return load_pipeline(kind, arguments.pipeline, torch_dtype(name)).to(device)
 
 
 def schedule_length(steps, strength):

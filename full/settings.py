@@ -15,6 +15,8 @@ BACKBONES = {
 }
 LICENCES = {"sd15": "creativeml-openrail-m", "sd21": "openrail++", "sdxl": "openrail++"}
 
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # flags' names → torch's
+
 # The negative prompt of noise-free score distillation (Katzir et al. 2023).
 NFSD_NEGATIVE = "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
 
@@ -100,6 +102,13 @@ class Settings:
             object.__setattr__(self, "augment", ())
         if len(self.guidance) not in (1, 2):
             raise ValueError(f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between")
+
+
+def torch_dtype(name):
+    """torch's dtype of a name in DTYPES."""
+    import torch  # here: --help need not wait for it
+
+    return getattr(torch, DTYPES[name])
 
 
 def from_name(name):

@@ -1,4 +1,4 @@
-"""train.Trainer's own iteration on torch's meta device, where tensors have shapes and no values: operations and live
+"""full/train.py's own iteration on torch's meta device, where tensors have shapes and no values: operations and live
 bytes of every part. Neither the method nor a network is modelled; what meta tensors lack is: autocast, fused attention.
 """
 
@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from add import ADD, Discriminator, DiscriminatorHeads, Student
-from common.augment import Augmented
-from full.architectures import META, MetaBackbone, MetaTextFeatures, vit
+from add import ADD, Student
+from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
 from full.backbones import Float32Conv2d, make_student_denoiser, make_teacher
-from full.train import DTYPES, Ema, Trainer
+from full.parts import Ema
+from full.settings import torch_dtype
+from full.train import Trainer
 
 STUDENT, HEADS, STEP = "student", "heads, R1, losses", "optimisers, average"
 aten = torch.ops.aten
@@ -136,7 +137,7 @@ class DryRun(Trainer):
     def __init__(self, settings, whole_gradients=False, cuda=True):
         settings = dataclasses.replace(settings, zero_snr="false", features_crop=0.0)  # which change no shape
         self.settings, self.device, self.step, self.generator = settings, META, 0, None
-        self.whole_gradients, self.meter, frozen = whole_gradients, None, DTYPES[settings.precision]
+        self.whole_gradients, self.meter, frozen = whole_gradients, None, torch_dtype(settings.precision)
         self.accelerator = SimpleNamespace(
             num_processes=1, process_index=0, no_sync=lambda m: contextlib.nullcontext(), backward=self._backward,
             clip_grad_norm_=nn.utils.clip_grad_norm_,
@@ -149,6 +150,7 @@ class DryRun(Trainer):
             student = Student(make_student_denoiser(self.backbone, self.latents[0], settings), settings.timesteps)
             teacher = make_teacher(self.teacher_backbone, self.latents[1])
         discriminator = self._make_discriminator(frozen, teacher)
+        discriminator.heads.to(META)  # late: spectral norm starts with many small steps
         shared = self.backbone is self.teacher_backbone  # the weights of two would tell; the dearer is assumed
         self.add = ADD(student, teacher, discriminator, self._make_config(shared)).train()
         self.network, heads = student.denoiser.network, list(discriminator.heads.parameters())
@@ -169,20 +171,14 @@ class DryRun(Trainer):
 
     def _make_features(self, dtype, teacher):
         s = self.settings
-        return super()._make_features(dtype, teacher) if s.features == "teacher" else vit(s.features, dtype, s.features_size, "features")
+        if s.features == "teacher":
+            return super()._make_features(dtype, teacher)
+        return vit(s.features, dtype, s.features_size, "features")
 
-    def _make_discriminator(self, dtype, teacher):
-        s, features = self.settings, self._make_features(dtype, teacher)
-        self.text_features = MetaTextFeatures(s.c_text, dtype) if s.c_text != "none" else None
-        self.image_features = vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
-        heads = DiscriminatorHeads(
-            features.channels, hidden=s.head_width or None,
-            text_dim=self.text_features.width if self.text_features else 0,
-            image_dim=self.image_features.width if self.image_features else 0,
-        )  # fmt: skip
-        self.features = features
-        augmented = Augmented(features, s.augment) if s.augment else features
-        return Discriminator(augmented, heads.to(META))  # late: spectral norm starts with many small steps
+    def _make_conditions(self, dtype):
+        s = self.settings
+        text = MetaTextFeatures(s.c_text, dtype) if s.c_text != "none" else None
+        return text, vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections import Counter
 
-from full.dry_run import STUDENT, DryRun
+from full.plan.dry_run import STUDENT, DryRun
 
 UTILISATION = 0.4  # of the peak rates: an assumption, usual for convolutions and attention of this size
 LINK_UTILISATION = 0.75  # of the links' rates: an assumption, about what NCCL's all-reduce has on eight A100

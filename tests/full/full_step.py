@@ -1,0 +1,164 @@
+"""A few iterations of full/train.py's Trainer with draws and data that do not depend on how a batch is divided: run by
+test_full_distributed.py, alone or under torchrun. Arguments: MODE OUT, then full/run.py's flags.
+
+MODE is whole (one process, 16 images), accumulate (twice 8), ddp or fsdp (two processes with 8 each).
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+import add
+from common.flags import from_dict
+from full import checkpoint, parts, run, train
+from full.settings import Settings
+
+TOTAL, ITERATIONS = 16, 3
+
+
+class Tape:
+    """Stands in for torch inside add.py: every draw is made for all 16 samples, and the caller gets its rows."""
+
+    rows, iteration, count = slice(0, TOTAL), 0, 0
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def turn_to(self, iteration, rows):
+        self.iteration, self.rows, self.count = iteration, rows, 0
+
+    def _generator(self):
+        self.count += 1
+        return torch.Generator().manual_seed(100 * self.iteration + self.count)
+
+    def randn(self, shape, dtype=None, device=None, generator=None):
+        return torch.randn((TOTAL, *shape[1:]), dtype=dtype, generator=self._generator())[self.rows]
+
+    def randint(self, high, shape, device=None, generator=None):
+        return torch.randint(high, (TOTAL, *shape[1:]), generator=self._generator())[self.rows]
+
+
+def raw_batch(iteration, rows):
+    generator = torch.Generator().manual_seed(iteration)
+    images = torch.rand(TOTAL, 3, 64, 64, generator=generator) * 2 - 1
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * TOTAL)
+    return {
+        "image": images[rows],
+        "sizes": sizes[rows],
+        "caption": [f"number {i}" for i in range(TOTAL)][rows],
+        "skipped": 0,
+    }
+
+
+def shard_on_cpu(accelerator):
+    """accelerate never chooses FSDP on CPUs: make it believe that it has."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"], state_dict_type="FULL_STATE_DICT",
+    )  # fmt: skip
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def watch_types(trainer):
+    """{what: types} of the student's activations, of ε as it leaves, and of gradients that FSDP2 averages, from now on."""
+    types = {"activations": set(), "epsilon": set(), "averaged": set()}
+    unet = getattr(trainer.network, "module", trainer.network).unet  # within DDP, or not
+    unet.mid_block.register_forward_hook(lambda module, _, out: types["activations"].add(out.dtype))
+    trainer.network.register_forward_hook(lambda module, _, out: types["epsilon"].add(out.dtype))
+    reduce_scatter = DefaultReduceScatter.__call__
+
+    def watched(self, output_tensor, input_tensor, *rest, **more):
+        types["averaged"].add(input_tensor.dtype)
+        return reduce_scatter(self, output_tensor, input_tensor, *rest, **more)
+
+    DefaultReduceScatter.__call__ = watched
+    return types
+
+
+def main(mode, out, *flags):
+    arguments, given = run.parse_arguments(flags)
+    settings = from_dict(Settings, given)
+    accelerator = parts.make_accelerator(settings, arguments.out)
+    if mode == "fsdp":
+        shard_on_cpu(accelerator)
+    trainer = train.Trainer(settings, accelerator, arguments.out)
+    for optimizer in (trainer.optimizer, trainer.heads_optimizer):
+        for group in optimizer.param_groups:
+            group["eps"] = (
+                1.0  # Adam's division by a gradient that is nearly 0 would magnify its rounding
+            )
+    add.torch = tape = Tape()
+    halves = (slice(0, 8), slice(8, 16))
+    rows = {"whole": (slice(0, TOTAL),), "accumulate": halves}.get(
+        mode, halves[accelerator.process_index :][:1]
+    )
+    student_half, types = trainer.add.student_half, watch_types(trainer)
+
+    for iteration in range(ITERATIONS):
+        pending = list(rows)
+
+        def with_own_draws(batch, generator, pending=pending, iteration=iteration):
+            tape.turn_to(iteration, pending.pop(0))
+            return student_half(batch, generator)
+
+        trainer.add.student_half = with_own_draws
+        batches = [trainer.make_batch(raw_batch(iteration, r)) for r in rows]
+        log, half = trainer.iteration(batches)
+        if (
+            iteration == 0
+        ):  # drawing with the average, here one far from the weights, must leave no trace in what follows
+            with torch.no_grad():
+                for shadow in trainer.ema.shadows:
+                    shadow.mul_(1.5)
+            add.torch = torch
+            trainer.validate(half, batches[-1])
+            add.torch = tape
+    types["parameters"] = {p.dtype for p in trainer.trained}
+    log = {k: accelerator.reduce(v, "mean") for k, v in log.items()}
+    state = {
+        k: v.full_tensor() if hasattr(v, "full_tensor") else v
+        for k, v in checkpoint.network_state(trainer).items()
+    }
+    with trainer.ema.swapped():
+        average = checkpoint.network_state(trainer)
+    sharded = sum(hasattr(p, "full_tensor") for p in trainer.trained)
+    if mode in ("ddp", "fsdp"):  # a checkpoint, loaded again into what has moved on
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(trainer)
+        tape.turn_to(9, rows[0])
+        trainer.add.student_half = student_half
+        trainer.iteration([trainer.make_batch(raw_batch(9, rows[0]))])
+        moved = checkpoint.network_state(trainer)
+        checkpoint.resume(trainer, "auto")
+        again = checkpoint.network_state(trainer)
+        if accelerator.is_main_process:
+            assert any(not torch.equal(moved[k], state[k]) for k in state)
+            assert all(torch.equal(again[k], state[k]) for k in state), (
+                "the checkpoint did not come back"
+            )
+    if accelerator.is_main_process:
+        heads = trainer.add.discriminator.heads.state_dict()
+        torch.save(
+            {
+                "network": state,
+                "average": average,
+                "heads": heads,
+                "log": log,
+                "sharded": sharded,
+                "types": {k: sorted(map(str, v)) for k, v in types.items()},
+            },
+            out,
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
