@@ -26,11 +26,8 @@ class Stopped(KeyboardInterrupt):
     is the exit code that says which signal."""
 
     def __init__(self, number, unsaved=False):
-        super().__init__(
-            f"a second {signal.Signals(number).name}, unsaved"
-            if unsaved
-            else signal.Signals(number).name
-        )
+        name = signal.Signals(number).name
+        super().__init__(f"a second {name}, unsaved" if unsaved else name)
         self.code = 128 + number
 
 
@@ -178,8 +175,8 @@ def peak_memory(device):
 
 @contextmanager
 def postponed_signals():
-    """Inside, the first SIGINT or SIGTERM only fills the list that this yields, and says so, that
-    no step is cut in half; a second one stops at once."""
+    """No step is cut in half: inside, the first SIGINT or SIGTERM only fills the list that this
+    yields, and says so. A second one stops at once."""
     received = []
 
     def handler(number, frame):
@@ -193,9 +190,8 @@ def postponed_signals():
         with suppress(OSError):
             os.write(2, words.encode())
 
-    previous = {
-        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield received
     finally:

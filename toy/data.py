@@ -28,8 +28,7 @@ NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 
 
 class DataError(Exception):
-    """The data asked for cannot be had. The message is one line: what, why, and what to do about
-    it."""
+    """The data asked for cannot be had. The message is one line: what, why, what to do about it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +59,7 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """Float in [-1, 1] → uint8, rounded; what lies outside is clamped. The inverse of
-    `to_float`."""
+    """Float in [-1, 1] → uint8, rounded; what lies outside is clamped. `to_float`'s inverse."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -80,9 +78,8 @@ class Batches:
         self._start_epoch()
 
     def _start_epoch(self):
-        self.epoch_start = (
-            self.generator.get_state()
-        )  # all that a resumed run needs to draw the same permutation
+        # All that a resumed run needs to draw the same permutation.
+        self.epoch_start = self.generator.get_state()
         self.order = torch.randperm(len(self.images), generator=self.generator)
         if self.flip:
             self.mirrored = torch.rand(len(self.images), generator=self.generator) < 0.5
@@ -104,12 +101,10 @@ class Batches:
         index = torch.cat(parts).to(self.images.device)
         images = self.images[index]
         if self.flip:
-            images = torch.where(
-                torch.cat(mirrored).to(images.device)[:, None, None, None], images.flip(3), images
-            )
-        return images if images.is_floating_point() else to_float(images), self.labels[
-            index.to(self.labels.device)
-        ]
+            flipped = torch.cat(mirrored).to(images.device)[:, None, None, None]
+            images = torch.where(flipped, images.flip(3), images)
+        labels = self.labels[index.to(self.labels.device)]
+        return images if images.is_floating_point() else to_float(images), labels
 
     def state_dict(self):
         return {"epoch_start": self.epoch_start, "position": self.position}
@@ -128,9 +123,8 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     each split.
 
     auto is MNIST where it is on disk or can be downloaded, else glyphs. Any other name is that
-    dataset or a DataError. `seed` draws the glyphs; `size` is the side of glyphs and folder images,
-    the other sets being 32x32 only; `max_bad_files` of a folder may be unreadable, and are left
-    out.
+    dataset or a DataError. `seed` draws the glyphs. `size` is the side of glyphs and folder images;
+    the other sets are 32x32. Up to `max_bad_files` unreadable files of a folder are left out.
     """
     root = Path("data" if data_dir is None else data_dir)
     if name not in NAMES:
@@ -172,11 +166,8 @@ def _load_glyphs(seed, size, limit):
 
 # MNIST, Fashion-MNIST, CIFAR-10 ===================================================================
 
-_IDX = tuple(
-    f"{split}-{kind}-ubyte"
-    for split in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-)
+_KINDS = ("images-idx3", "labels-idx1")
+_IDX = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in _KINDS)
 _CIFAR = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 # name: (torchvision's class, what people call it, its folder under --data-dir, the files in it)
 _TORCHVISION = {
@@ -215,10 +206,8 @@ def _read_torchvision(kind, root, train, limit):
     from torchvision import datasets
 
     source = getattr(datasets, kind)(root, train=train, download=False)
-    images, labels = (
-        torch.as_tensor(source.data)[:limit],
-        torch.as_tensor(source.targets)[:limit].long(),
-    )
+    images = torch.as_tensor(source.data)[:limit]
+    labels = torch.as_tensor(source.targets)[:limit].long()
     if len(source.data) != len(source.targets):
         raise ValueError(f"{len(source.data)} images but {len(source.targets)} labels")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -236,9 +225,7 @@ def _fetch(name, root):
     print(f"{title} is not in {root}: trying to download it", file=sys.stderr, flush=True)
     try:
         _download(kind, root)
-    except (
-        Exception
-    ) as error:  # no network, a full disk, a folder that cannot be written, a damaged archive ...
+    except Exception as error:  # no network, a full disk, a damaged archive ...
         return _one_line(error)
     return None
 
@@ -283,13 +270,9 @@ def _load_folder(root, size, limit, max_bad_files):
     bad = []
     train_images, train_labels = _read_pictures(train[:limit], size, bad, max_bad_files)
     test_images, test_labels = _read_pictures(test[:limit], size, bad, max_bad_files)
-    if all(
-        (images == images[:, :1]).all() for images in (train_images, test_images)
-    ):  # all grey: one channel will do
-        train_images, test_images = (
-            train_images[:, :1].contiguous(),
-            test_images[:, :1].contiguous(),
-        )
+    both = (train_images, test_images)
+    if all((images == images[:, :1]).all() for images in both):  # all grey: one channel will do
+        train_images, test_images = (images[:, :1].contiguous() for images in both)
     name = f"folder {root} {_count(train_images)}"
     return Dataset(name, train_images, train_labels, test_images, test_labels, classes)
 
@@ -327,9 +310,7 @@ def _list_pictures(root):
     """{class name: sorted paths} of the class folders in `root`, in the order of their names."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise DataError(f"--dataset folder: --data-dir {root} holds no class folders; {_REMEDY}")
     pictures = {
@@ -347,9 +328,8 @@ def _list_pictures(root):
 def _interleave(pictures):
     """(path, label) pairs, the first of every class, then the second ...: `limit` then keeps all
     the classes."""
-    ranked = [
-        (i, label, p) for label, paths in enumerate(pictures.values()) for i, p in enumerate(paths)
-    ]
+    labelled = enumerate(pictures.values())
+    ranked = [(i, label, path) for label, paths in labelled for i, path in enumerate(paths)]
     return [(path, label) for _, label, path in sorted(ranked)]
 
 
@@ -373,11 +353,8 @@ def _read_pictures(pictures, size, bad, max_bad_files):
                     f"--dataset folder: {what}; replace it or remove it from --data-dir; "
                     f"--max-bad-files {len(bad)} would leave it out"
                 ) from error
-            print(
-                f"{what}: left out, as one of --max-bad-files {max_bad_files}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{what}: left out, as one of --max-bad-files {max_bad_files}"
+            print(said, file=sys.stderr, flush=True)
             continue
         images.append(pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)))
         labels.append(label)

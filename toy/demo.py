@@ -21,6 +21,7 @@ from toy.loop import TrainingError
 from toy.pictures import tile
 from toy.samplers import noise_for, sample_student, sample_teacher
 
+REFUSED = (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError)
 COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixel
 
 
@@ -67,16 +68,18 @@ def make_draw(run):
     def timed(sampler, *arguments):
         began = time.perf_counter()
         sheet = tile(sampler(*arguments), COLUMNS)
-        return sheet.repeat(SCALE, 0).repeat(
-            SCALE, 1
-        ), f"{1000 * (time.perf_counter() - began):.0f} ms for {COUNT} images"
+        milliseconds = 1000 * (time.perf_counter() - began)
+        large = sheet.repeat(SCALE, 0).repeat(SCALE, 1)
+        return large, f"{milliseconds:.0f} ms for {COUNT} images"
 
     def draw(name, steps, seed):
-        noise = noise_for(COUNT, shape, int(seed or 0), torch.device("cpu"))
+        seed = int(seed or 0)
+        noise = noise_for(COUNT, shape, seed, torch.device("cpu"))
         labels = torch.full((COUNT,), classes.index(name))
-        return *timed(
-            sample_student, student, noise, labels, int(steps), int(seed or 0) + 1
-        ), *timed(sample_teacher, teacher, noise, labels, 50, guidance)
+        return (
+            *timed(sample_student, student, noise, labels, int(steps), seed + 1),
+            *timed(sample_teacher, teacher, noise, labels, 50, guidance),
+        )
 
     return draw, classes, len(student.timesteps)
 
@@ -120,14 +123,7 @@ def main(argv=None):
     except ModuleNotFoundError:
         print("toy/demo.py: needs gradio; python -m pip install gradio", file=sys.stderr)
         return 2
-    except (
-        ValueError,
-        OSError,
-        LookupError,
-        RuntimeError,
-        TrainingError,
-        CheckpointError,
-    ) as error:
+    except REFUSED as error:
         print(f"toy/demo.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

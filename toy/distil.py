@@ -62,22 +62,20 @@ def build_add(student, teacher, features, classes, settings, device, generator=N
 
 
 def make_batch(images, labels, features, classes, settings):
-    """add.Batch of labelled images. The class conditions the denoisers; the heads get it as c_text,
-    one-hot with mean square 1, and F's summary of x_0 as c_img, with mean square 1/8. A louder
-    c_img, which tells the class too, makes heads neglect c_text, and with it the class at τ_n,
-    where c_img is zero."""
+    """add.Batch of labelled images.
+
+    The class conditions the denoisers. The heads get it as c_text, one-hot with mean square 1, and
+    F's summary of x_0 as c_img, with mean square 1/8. c_img tells the class, too: a louder one
+    makes heads neglect c_text, and with it the class at τ_n, where c_img is zero.
+    """
     null = torch.full_like(labels, classes)
-    c_text = (
-        classes**0.5 * functional.one_hot(labels, classes).float()
-        if settings.distil_c_text
-        else None
-    )
-    c_img = None
+    c_text = c_img = None
+    if settings.distil_c_text:
+        c_text = classes**0.5 * functional.one_hot(labels, classes).float()
     if settings.distil_c_img:
         with torch.no_grad():
-            c_img = (features.width / 8) ** 0.5 * functional.normalize(
-                features.summary(images), dim=1
-            )
+            summary = functional.normalize(features.summary(images), dim=1)
+        c_img = (features.width / 8) ** 0.5 * summary
     # NFSD's negative prompt has no counterpart among classes: with ∅ in its place δ_D is 0 above
     # the threshold.
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
@@ -94,9 +92,8 @@ def distil(stage, teacher, features):
     add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
-    adam = partial(
-        torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=device.type == "cuda"
-    )
+    betas, fused = (settings.distil_beta1, 0.99), device.type == "cuda"
+    adam = partial(torch.optim.Adam, betas=betas, fused=fused)
     student_optimizer = adam(network.parameters(), settings.distil_student_lr)
     heads_optimizer = adam(heads.parameters(), settings.distil_heads_lr)
     lr = [
@@ -104,9 +101,8 @@ def distil(stage, teacher, features):
         for optimizer in (student_optimizer, heads_optimizer)
     ]
     images, labels = data.train_images.to(device), data.train_labels.to(device)
-    batches = Batches(
-        images, labels, settings.distil_batch, settings.seed + 4, settings.flip == "true"
-    )
+    flip = settings.flip == "true"
+    batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, flip)
     generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
 
     # ADD.step in its two halves, each of which a GPU records.
@@ -153,17 +149,15 @@ def distil(stage, teacher, features):
         parts["features_generator"] = GeneratorState(features.generator)
     seconds = run_loop(stage, "ADD", parts, step, steps)
     network.load_state_dict(ema.module.state_dict())
-    write(
-        stage.folder / "student.pt",
-        {
-            "settings": dataclasses.asdict(settings),
-            "classes": list(data.classes),
-            "shape": list(data.train_images.shape[1:]),
-            "network": network.state_dict(),
-            "mean": teacher.encode.mean,
-            "std": teacher.encode.std,
-        },
-    )
+    state = {
+        "settings": dataclasses.asdict(settings),
+        "classes": list(data.classes),
+        "shape": list(data.train_images.shape[1:]),
+        "network": network.state_dict(),
+        "mean": teacher.encode.mean,
+        "std": teacher.encode.std,
+    }
+    write(stage.folder / "student.pt", state)
     return student.eval().requires_grad_(False), seconds
 
 
@@ -173,23 +167,19 @@ def load_student(folder):
     path = folder / "distil" / "student.pt"
     if not path.exists():
         raise TrainingError(
-            f"--run {folder}: no finished run there ({path} is missing); python toy/run.py makes "
-            "one"
+            f"--run {folder}: no finished run there ({path} is missing); "
+            "python toy/run.py makes one"
         )
     state = read(path)
     try:
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
-        denoiser = make_denoiser(
-            state["shape"][0], len(classes), settings, Standardize(state["mean"], state["std"])
-        )
+        standardize = Standardize(state["mean"], state["std"])
+        denoiser = make_denoiser(state["shape"][0], len(classes), settings, standardize)
         denoiser.network.load_state_dict(state["network"])
         denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a student of this version ({one_line(error)[:200]}); train it again"
         ) from error
-    return (
-        Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False),
-        tuple(state["shape"]),
-        classes,
-    )
+    student = Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False)
+    return student, tuple(state["shape"]), classes

@@ -1,6 +1,7 @@
 """Scores the teacher and the student, and times them; report.py shows what comes out."""
 
 import time
+from functools import partial
 
 import torch
 
@@ -19,15 +20,15 @@ def synchronize(device):
 
 
 def evaluate(data, settings, metric_net, teacher, started, student, device):
-    """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, from
-    settings.eval_images images each. The teacher's guidance is the one of settings.eval_guidances
-    with the least distance at eval_search_steps; its last row is a faster sampler's.
+    """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, each from
+    eval_images images.
+
+    The teacher's guidance is the one of eval_guidances with the least distance at
+    eval_search_steps. "solver" is a row of the teacher with a faster sampler.
     """
     n, shape = settings.eval_images, data.train_images.shape[1:]
-    labels, noise = (
-        balanced_labels(n, len(data.classes), device),
-        noise_for(n, shape, settings.seed + 5, device),
-    )
+    labels = balanced_labels(n, len(data.classes), device)
+    noise = noise_for(n, shape, settings.seed + 5, device)
     test = to_float(data.test_images)
     test_features, predicted = embed(metric_net, test, device)
 
@@ -38,10 +39,8 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         synchronize(device)
         seconds = time.time() - began
         figures = measure(metric_net, images.cpu(), labels.cpu(), test, test_features, device)
-        print(
-            f"  {name}, {steps} steps, guidance {guidance:g}: distance {figures['fd']:.2f}",
-            flush=True,
-        )
+        asked = f"{name}, {steps} steps, guidance {guidance:g}"
+        print(f"  {asked}: distance {figures['fd']:.2f}", flush=True)
         return figures | {
             "name": name,
             "steps": steps,
@@ -51,58 +50,44 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         }
 
     def teacher_row(steps, guidance, name="teacher", sampler=ddim):
-        evaluations = steps * (2 if guidance != 1 else 1)
-        return row(
-            name,
-            steps,
-            guidance,
-            lambda: sample_teacher(teacher, noise, labels, steps, guidance, sampler),
-            evaluations,
-        )
+        def draw():
+            return sample_teacher(teacher, noise, labels, steps, guidance, sampler)
+
+        return row(name, steps, guidance, draw, evaluations=steps * (2 if guidance != 1 else 1))
 
     best = settings.eval_steps[-1]
-    search = (
-        min(settings.eval_search_steps or best, best) if len(settings.eval_guidances) > 1 else best
-    )
+    search = best
+    if len(settings.eval_guidances) > 1:
+        search = min(settings.eval_search_steps or best, best)
     candidates = [teacher_row(search, g) for g in settings.eval_guidances]
     guidance = min(candidates, key=lambda r: r["fd"])["guidance"]
-    teacher_rows = candidates + [
-        teacher_row(steps, guidance) for steps in settings.eval_steps if steps != search
-    ]
+    others = [steps for steps in settings.eval_steps if steps != search]
+    teacher_rows = candidates + [teacher_row(steps, guidance) for steps in others]
     teacher_rows.sort(key=lambda r: (r["steps"], r["guidance"]))
+    solver_steps = min(SOLVER_STEPS, best)
 
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
 
     def student_rows(name, network):
-        return [
-            row(
-                name,
-                k,
-                1.0,
-                lambda k=k: sample_student(network, noise, labels, k, settings.seed + 6),
-                k,
-            )
-            for k in counts
-        ]
+        def draw(k):
+            return sample_student(network, noise, labels, k, settings.seed + 6)
+
+        return [row(name, k, 1.0, partial(draw, k), evaluations=k) for k in counts]
 
     train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]
+    unasked = ("steps", "guidance", "evaluations")  # of real images
     every_train = embed(metric_net, to_float(data.train_images), device)[0]
     real = measure(metric_net, train, train_labels, test, test_features, device)
     return {
         "n": n,
         "test_images": len(test),
         "metric_accuracy": (predicted == data.test_labels).float().mean().item(),
-        "floor": frechet_distance(
-            every_train, test_features
-        ),  # all training images: what no sampler can be below
-        "real": real
-        | {"name": "real training images", "steps": None, "guidance": None, "evaluations": None},
+        "floor": frechet_distance(every_train, test_features),  # what no sampler can be below
+        "real": real | {"name": "real training images"} | dict.fromkeys(unasked),
         "best_guidance": guidance,
         "search_steps": search,
         "teacher": teacher_rows,
-        "solver": teacher_row(
-            min(SOLVER_STEPS, best), guidance, "teacher, DPM-Solver++", dpm_solver
-        ),
+        "solver": teacher_row(solver_steps, guidance, "teacher, DPM-Solver++", dpm_solver),
         "started": student_rows("student before ADD", started),
         "student": student_rows("ADD student", student),
     }

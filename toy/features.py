@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
+from add import randn_like
 from common.features import noised, readout
 from common.images import resize
 from toy.data import Batches
@@ -33,11 +34,8 @@ class TeacherEncoder(nn.Module):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
         self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
-        channels = [
-            b.conv2.out_channels
-            for b in (*network.down, *network.middle)
-            if isinstance(b, ResidualBlock)
-        ]
+        layers = (*network.down, *network.middle)
+        channels = [b.conv2.out_channels for b in layers if isinstance(b, ResidualBlock)]
         self.finest = network.blocks  # how many maps have the finest resolution
         self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
         self.width = self.channels[-1]
@@ -46,19 +44,17 @@ class TeacherEncoder(nn.Module):
         return self.teacher.network.encode(x_t, t, torch.full_like(t, self.teacher.network.classes))
 
     def forward(self, images):
-        maps = self._maps(
-            *noised(self.teacher.schedule, self.teacher.encode(images), self.generator)
-        )
+        z = self.teacher.encode(images)
+        maps = self._maps(*noised(self.teacher.schedule, z, self.generator))
         maps[: self.finest] = [functional.pixel_unshuffle(x, 2) for x in maps[: self.finest]]
         return [rearrange(x, "b c h w -> b (h w) c") for x in maps]
 
     def summary(self, images):
-        """The middle's map of the image itself (t = 0, no noise), averaged over positions: (B,
-        width)."""
+        """(B, width): the middle's map of the image itself (t = 0, no noise), averaged over
+        positions."""
         t = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        x_t = self.teacher.schedule.diffuse(
-            self.teacher.encode(images), torch.zeros_like(images), t
-        )
+        z, nothing = self.teacher.encode(images), torch.zeros_like(images)
+        x_t = self.teacher.schedule.diffuse(z, nothing, t)
         return self._maps(x_t, t)[-1].mean((2, 3))
 
 
@@ -76,9 +72,7 @@ def make_features(stage):
 def add_noise(images, generator):
     """Each image plus unit noise times a draw from 0…NOISE."""
     scale = NOISE * torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
-    return images + scale * torch.randn(
-        images.shape, dtype=images.dtype, device=images.device, generator=generator
-    )
+    return images + scale * randn_like(images, generator)
 
 
 def patches_of(images, patch):
@@ -87,26 +81,25 @@ def patches_of(images, patch):
 
 
 def train_vit(stage):
-    """(ViT, seconds). Of a "classifier" the class token learns to name the class. A "denoiser" is
-    shown noisy images: each patch token learns to give its clean patch, the class token to hold the
-    whole clean image, and its class besides.
+    """(ViT, seconds).
+
+    Of a "classifier" the class token learns to name the class. A "denoiser" is shown noisy images.
+    Each patch token learns to give its clean patch; the class token learns to hold the whole clean
+    image, and its class besides.
     """
     data, settings, device = stage.data, stage.settings, stage.device
     torch.manual_seed(settings.seed + 2)
     channels, size = data.train_images.shape[1], data.train_images.shape[-1]
-    vit = ViT(
-        channels, size, settings.features_patch, settings.features_width, settings.features_depth
-    )
+    width, depth = settings.features_width, settings.features_depth
+    vit = ViT(channels, size, settings.features_patch, width, depth)
     classify = nn.Linear(vit.width, len(data.classes))
-    rebuild = nn.Sequential(
-        nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, channels * size**2)
-    )
+    pixels = channels * size**2
+    rebuild = nn.Sequential(nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, pixels))
     patch = nn.Linear(vit.width, channels * vit.patch**2)
     networks = nn.ModuleList([vit, classify, rebuild, patch]).to(device)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1e-3, total_steps=settings.features_steps
-    )
+    steps = settings.features_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
     generator = torch.Generator(device).manual_seed(settings.seed + 2)
     denoises = settings.features == "denoiser"
@@ -132,7 +125,7 @@ def train_vit(stage):
         "batches": batches,
         "generator": GeneratorState(generator),
     }
-    seconds = run_loop(stage, "features F", parts, step, settings.features_steps)
+    seconds = run_loop(stage, "features F", parts, step, steps)
     return vit.eval().requires_grad_(False), seconds
 
 

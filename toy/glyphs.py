@@ -36,8 +36,7 @@ def glyphs(n, seed=0, size=32):
 
 
 def _draw_chunk(generator, size):
-    """_CHUNK glyphs. Lengths are in pixels of a 32x32 image, and the origin is the image's
-    centre."""
+    """_CHUNK glyphs. Lengths are in pixels of a 32x32 image; the origin is the image's centre."""
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(_CHUNK, *shape, generator=generator)
@@ -54,9 +53,8 @@ def _draw_chunk(generator, size):
     )
     bend = 0.8 * torch.randn(_CHUNK, 2, 4, 4, generator=generator).clamp(-2, 2)
 
-    room = 16 - 2 * max(
-        1, 32 / size
-    )  # half the box that the digit may fill, from here on for each glyph
+    # Half the box that the digit may fill, from the next line on for each glyph.
+    room = 16 - 2 * max(1, 32 / size)
     room = room - bend.abs().amax(dim=(1, 2, 3)) - thicken.clamp(min=0)
     reach = (matrix.abs() @ extent[..., None]).squeeze(-1)  # half the digit's own box, (_CHUNK, 2)
     shrink = (room[:, None] / reach).amin(dim=1).clamp(max=1)
@@ -82,17 +80,14 @@ def _affine(angle, shear, scale, widening):
 def _sample(distance, inverse, shift, bend, size):
     """Read (N, M, M) masters where the pixels of (N, size, size) images come from."""
     axis = (torch.arange(size) + 0.5) * 32 / size - 16
-    grid = torch.stack(
-        torch.meshgrid(axis, axis, indexing="xy"), dim=-1
-    )  # (size, size, 2), x before y
-    bend = functional.interpolate(bend, (size, size), mode="bicubic", align_corners=True).permute(
-        0, 2, 3, 1
-    )
+    # (size, size, 2), x before y
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
+    bend = functional.interpolate(bend, (size, size), mode="bicubic", align_corners=True)
+    bend = bend.permute(0, 2, 3, 1)
     source = (grid - shift[:, None, None] + bend) @ inverse.mT[:, None]
-    source = source / (_MASTER / 2)
-    return functional.grid_sample(
-        distance[:, None], source, padding_mode="border", align_corners=False
-    )[:, 0]
+    source, masters = source / (_MASTER / 2), distance[:, None]
+    sampled = functional.grid_sample(masters, source, padding_mode="border", align_corners=False)
+    return sampled[:, 0]
 
 
 @cache
@@ -119,9 +114,8 @@ def _render(font, digit):
     large = Image.new("L", (600, 600))
     ImageDraw.Draw(large).text((150, 50), digit, fill=255, font=ImageFont.truetype(str(path), 300))
     ink = large.crop(large.getbbox())
-    ink = ink.resize(
-        (min(_MASTER - 8, round(ink.width * _TALL / ink.height)), _TALL), Image.Resampling.BOX
-    )
+    width = min(_MASTER - 8, round(ink.width * _TALL / ink.height))
+    ink = ink.resize((width, _TALL), Image.Resampling.BOX)
     master = Image.new("L", (_MASTER, _MASTER))
     master.paste(ink, ((_MASTER - ink.width) // 2, (_MASTER - ink.height) // 2))
     return torch.from_numpy(numpy.array(master)) > 127

@@ -16,9 +16,9 @@ def recorded(device, generators=(), modules=()):
     The function may not wait for the GPU, and draws from `generators` alone. It may change buffers
     of `modules`. Arguments that are no tensors are those of the first call for ever.
     """
-    return lambda function: (
-        Recorded(function, generators, modules) if device.type == "cuda" else function
-    )
+    if device.type != "cuda":
+        return lambda function: function
+    return lambda function: Recorded(function, generators, modules)
 
 
 class Recorded:
@@ -39,10 +39,8 @@ class Recorded:
 
     def _record(self, arguments):
         self.arguments = [x.clone() if torch.is_tensor(x) else x for x in arguments]
-        states, buffers = (
-            [g.get_state() for g in self.generators],
-            [b.clone() for b in self.buffers],
-        )
+        states = [g.get_state() for g in self.generators]
+        buffers = [b.clone() for b in self.buffers]
         stream = torch.cuda.Stream()  # not the default one, which autograd would bind to
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

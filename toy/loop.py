@@ -1,5 +1,5 @@
-"""The one training loop of the toy: progress bar, CSV log, checkpoints, resume. Every stage runs
-through it."""
+"""The toy's training loop, which every stage runs through: progress bar, CSV log, checkpoints,
+resume."""
 
 import csv
 import io
@@ -34,8 +34,7 @@ class Stage:
 
 
 class GeneratorState:
-    """A torch.Generator with the state_dict interface of everything else that a checkpoint
-    holds."""
+    """A torch.Generator with the state_dict interface of all else that a checkpoint holds."""
 
     def __init__(self, generator):
         self.generator = generator
@@ -51,13 +50,12 @@ CLOCKED = ("steps_per_second", "memory_gib")  # columns of the log that differ f
 
 
 def backward(loss, optimizer, clip=math.inf):
-    """Give the optimiser's parameters their gradient, clipped to a norm; returns its norm before
+    """Give the optimiser's parameters their gradient, clipped to a norm. Returns its norm before
     that."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    return torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], clip
-    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, clip)
 
 
 def update(optimizer, name, loss, norm):
@@ -91,12 +89,10 @@ class Log:
 
     def add(self, row):
         """Write a row; columns that the first one had not are left out."""
-        text = io.StringIO()
-        writer = csv.DictWriter(
-            text, self.names or list(row), extrasaction="ignore", lineterminator="\n"
-        )
-        if self.names is None:
-            self.names = list(row)
+        text, first = io.StringIO(), self.names is None
+        self.names = list(row) if first else self.names
+        writer = csv.DictWriter(text, self.names, extrasaction="ignore", lineterminator="\n")
+        if first:
             writer.writeheader()
         writer.writerow(row)
         with open(self.path, "a", newline="") as file:
@@ -120,11 +116,8 @@ class Window:
         all were skipped."""
         if not self.pending:
             return None
-        names = self.pending[0]
-        row = {
-            name: torch.stack([p[name] for p in self.pending]).float().mean().item()
-            for name in names
-        }
+        columns = {name: [step[name] for step in self.pending] for name in self.pending[0]}
+        row = {name: torch.stack(x).float().mean().item() for name, x in columns.items()}
         speed = self.count / max(time.time() - self.began, 1e-9)
         self.pending.clear()
         self.began, self.count = time.time(), 0
@@ -184,50 +177,31 @@ def run_loop(stage, label, parts, step, steps, *, log_every=10):
             window.skipped += 1
             return
         if values:  # all of them in one copy from the device
-            values = dict(
-                zip(
-                    values,
-                    torch.stack([v.detach().float() for v in values.values()]).cpu(),
-                    strict=True,
-                )
-            )
+            together = torch.stack([v.detach().float() for v in values.values()]).cpu()
+            values = dict(zip(values, together, strict=True))
+        # Something other than a loss or its gradient is seen when the step is done.
         if infinite := [f"{k} is {v.item()}" for k, v in values.items() if not v.isfinite()]:
-            raise bad(
-                i, ", ".join(infinite)
-            )  # something other than a loss or its gradient, seen when the step is done
+            raise bad(i, ", ".join(infinite))
         window.pending.append(values)
 
     def bad(i, what):
-        last = (
-            f"{path} is of step {saved_step}" if saved_step is not None else "none was written yet"
-        )
+        last = "none was written yet" if saved_step is None else f"{path} is of step {saved_step}"
         return TrainingError(
-            f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; --skip-nonfinite N "
-            "lets N such steps go by"
+            f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; "
+            "--skip-nonfinite N lets N such steps go by"
         )
 
     with postponed_signals() as stopped:
-        bar = tqdm(
-            range(start, steps),
-            initial=start,
-            total=steps,
-            desc=label,
-            mininterval=1,
-            smoothing=0.05,
-        )
+        left, pace = range(start, steps), dict(mininterval=1, smoothing=0.05)
+        bar = tqdm(left, initial=start, total=steps, desc=label, **pace)
         for i in bar:
             attempt(i)
             window.count += 1
             done = i + 1
             if (done % log_every == 0 or done == steps) and (row := window.row(stage.device)):
                 log.add({"step": done} | row)
-                bar.set_postfix(
-                    {
-                        k: f"{v:.3g}"
-                        for k, v in row.items()
-                        if k not in CLOCKED and (v or k != "nonfinite")
-                    }
-                )
+                hidden = CLOCKED if row["nonfinite"] else (*CLOCKED, "nonfinite")
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in hidden})
             if stopped or done == steps or time.time() - saved > settings.checkpoint_seconds:
                 checkpoint(done)
                 saved, saved_step = time.time(), done

@@ -58,14 +58,13 @@ def frechet_distance(x, y):
     # The product of two positive semidefinite matrices has real eigenvalues of at least 0; rounding
     # may disagree.
     root_trace = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()
-    return (
-        (x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root_trace
-    ).item()
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    return (apart + cov_x.trace() + cov_y.trace() - 2 * root_trace).item()
 
 
 def coverage_of(x, manifold, k=NEIGHBOURS):
-    """Share of x within the k-NN balls of manifold's points (Kynkäänniemi et al. 2019); (N, D), (M,
-    D)."""
+    """Share of x (N, D) within the k-NN balls of manifold's points (M, D): Kynkäänniemi et al.
+    2019."""
     # The k-th neighbour of a point in its own set: the nearest is the point itself.
     radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
     return (torch.cdist(x, manifold) <= radius).any(1).float().mean().item()
@@ -73,9 +72,8 @@ def coverage_of(x, manifold, k=NEIGHBOURS):
 
 def within_class_variance(x, labels):
     """Mean over the classes of the total variance of x (N, …) among the samples of that class."""
-    return (
-        torch.stack([x[labels == c].flatten(1).var(0).sum() for c in labels.unique()]).mean().item()
-    )
+    variances = [x[labels == c].flatten(1).var(0).sum() for c in labels.unique()]
+    return torch.stack(variances).mean().item()
 
 
 def measure(network, images, labels, real_images, real_features, device):

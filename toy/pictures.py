@@ -47,25 +47,18 @@ def comparison(path, teacher, started, student, data, settings, guidance, device
     noise = noise_for(len(labels), data.train_images.shape[1:], settings.seed + 7, device)
     steps = settings.eval_steps[-1]
     real = torch.cat([data.test_images[data.test_labels == c][:each] for c in range(classes)])
+    many = sample_teacher(teacher, noise, labels, steps, guidance)
+    before = sample_student(started, noise, labels, 1, settings.seed + 6)
     panels = [
         ("real test images", to_float(real)),
-        (
-            f"teacher, {steps} steps, guidance {guidance:g}",
-            sample_teacher(teacher, noise, labels, steps, guidance),
-        ),
+        (f"teacher, {steps} steps, guidance {guidance:g}", many),
         ("teacher, 1 step", sample_teacher(teacher, noise, labels, 1)),
-        (
-            "student before ADD, 1 step",
-            sample_student(started, noise, labels, 1, settings.seed + 6),
-        ),
-    ] + [
-        (
-            f"ADD student, {k} step{'s' * (k > 1)}",
-            sample_student(student, noise, labels, k, settings.seed + 6),
-        )
-        for k in (1, 2, 4)
-        if k <= len(student.timesteps)
+        ("student before ADD, 1 step", before),
     ]
+    for k in (1, 2, 4):
+        if k <= len(student.timesteps):
+            images = sample_student(student, noise, labels, k, settings.seed + 6)
+            panels.append((f"ADD student, {k} step{'s' * (k > 1)}", images))
     figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 0.38 * classes + 0.4))
     for axis, (title, images) in zip(axes, panels, strict=True):
         show(axis, images, each, title)
@@ -138,12 +131,8 @@ def curves(path, folder):
     axes[2].set_yscale("log")
     axes[3].plot(add["step"], add["logit_real"], color=REAL, label="mean logit, real")
     axes[3].plot(add["step"], add["logit_fake"], color=STUDENT, label="mean logit, generated")
-    axes[3].plot(
-        add["step"],
-        add["hinge_per_head"],
-        color="black",
-        label="hinge a head (2: blind, 0: has won)",
-    )
+    hinge = "hinge a head (2: blind, 0: has won)"
+    axes[3].plot(add["step"], add["hinge_per_head"], color="black", label=hinge)
     axes[3].set_title("discriminator, Eq. 3")
     axes[3].legend(fontsize=7)
     for axis in axes:
@@ -164,25 +153,14 @@ def cost(path, results):
     )
     for rows, color, name in lines:
         rows = sorted(rows, key=lambda row: row["evaluations"])
-        axis.plot(
-            [r["evaluations"] for r in rows], [r["fd"] for r in rows], "o-", color=color, label=name
-        )
-    solver = results["solver"]
-    axis.plot(
-        solver["evaluations"], solver["fd"], "x", color=TEACHER, label="teacher (DPM-Solver++)"
-    )
-    axis.axhline(
-        results["real"]["fd"],
-        color=REAL,
-        linestyle=":",
-        label=f"{results['n']} real training images",
-    )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="network evaluations an image",
-        ylabel="Fréchet distance (metric net)",
-    )
+        x, y = ([row[column] for row in rows] for column in ("evaluations", "fd"))
+        axis.plot(x, y, "o-", color=color, label=name)
+    x, y = results["solver"]["evaluations"], results["solver"]["fd"]
+    axis.plot(x, y, "x", color=TEACHER, label="teacher (DPM-Solver++)")
+    real = f"{results['n']} real training images"
+    axis.axhline(results["real"]["fd"], color=REAL, linestyle=":", label=real)
+    axis.set(xscale="log", yscale="log")
+    axis.set(xlabel="network evaluations an image", ylabel="Fréchet distance (metric net)")
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     _save(figure, path)

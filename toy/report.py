@@ -22,12 +22,10 @@ def commit():
     a repository."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        out = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        ).stdout.strip()
+        head = [*git, "rev-parse", "--short", "HEAD"]
+        out = subprocess.run(head, capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "-uno"]
+        dirty = subprocess.run(status, capture_output=True, text=True).stdout.strip()
         return out.strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -37,11 +35,9 @@ def device_name(device):
     """The GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-        if device.type == "cpu"
-        else device.type
-    )
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return device.type
 
 
 def best_teacher(results):
@@ -57,8 +53,7 @@ def meets(value, goal):
 
 
 def goals(results, preset):
-    """[(what, value, goal, met)] for the student against its teacher, whose figures × divides
-    by."""
+    """[(what, value, goal, met)] of the student; × divides by the teacher's figure."""
     teacher, goal = best_teacher(results), GOALS.get(preset, GOALS["cpu"])
     by_steps = {row["steps"]: row for row in results["student"]}
     one, few = by_steps[min(by_steps)], {k: row for k, row in by_steps.items() if k > 1}
@@ -66,73 +61,47 @@ def goals(results, preset):
     def ratio(row, name):
         return row[name] / max(teacher[name], 1e-9)
 
-    rows = [("distance, one step, ×", ratio(one, "fd"), goal["fd"], "≤")]
-    rows += [
-        (f"distance, {k} steps, ×", ratio(row, "fd"), goal["few"], "≤") for k, row in few.items()
-    ]
+    rows = []
+
+    def at_most(limit, what, value):
+        rows.append((what, value, f"≤ {limit:g}"))
+
+    def at_least(limit, what, value):
+        rows.append((what, value, f"≥ {limit:g}"))
+
+    at_most(goal["fd"], "distance, one step, ×", ratio(one, "fd"))
+    for k, row in few.items():
+        at_most(goal["few"], f"distance, {k} steps, ×", ratio(row, "fd"))
     if {2, 4} <= set(by_steps):
-        rows.append(
-            (
-                "distance, 4 steps, × that of 2",
-                by_steps[4]["fd"] / max(by_steps[2]["fd"], 1e-9),
-                1.1,
-                "≤",
-            )
-        )
-    rows.append(("class accuracy, one step", one["accuracy"], goal["accuracy"], "≥"))
-    rows += [
-        (f"class accuracy, {k} steps", row["accuracy"], goal["accuracy"], "≥")
-        for k, row in few.items()
-        if k == 4
-    ]
-    rows += [
-        (
-            "precision, one step, less the teacher's",
-            one["precision"] - teacher["precision"],
-            -0.01,
-            "≥",
-        ),
-        ("recall, one step, ×", ratio(one, "recall"), goal["recall"], "≥"),
-        (
-            "within-class variance of pixels, one step, ×",
-            ratio(one, "variance_pixels"),
-            goal["variance"],
-            "≥",
-        ),
-        (
-            "within-class variance of features, one step, ×",
-            ratio(one, "variance_features"),
-            goal["variance"],
-            "≥",
-        ),
-    ]
-    return [(what, v, f"{sign} {g:g}", meets(v, f"{sign} {g:g}")) for what, v, g, sign in rows]
+        growth = by_steps[4]["fd"] / max(by_steps[2]["fd"], 1e-9)
+        at_most(1.1, "distance, 4 steps, × that of 2", growth)
+    at_least(goal["accuracy"], "class accuracy, one step", one["accuracy"])
+    if 4 in few:
+        at_least(goal["accuracy"], "class accuracy, 4 steps", few[4]["accuracy"])
+    less = one["precision"] - teacher["precision"]
+    at_least(-0.01, "precision, one step, less the teacher's", less)
+    at_least(goal["recall"], "recall, one step, ×", ratio(one, "recall"))
+    for of in ("pixels", "features"):
+        what = f"within-class variance of {of}, one step, ×"
+        at_least(goal["variance"], what, ratio(one, f"variance_{of}"))
+    return [(what, value, goal, meets(value, goal)) for what, value, goal in rows]
 
 
 def table(results):
     """The Markdown table of every measured row."""
     real = results["real"]
     lines = [
-        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy | precision | "
-        "recall | "
-        "variance (pixels, features; × real) | images/s |",
+        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy "
+        "| precision | recall | variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in [
-        real,
-        *results["teacher"],
-        results["solver"],
-        *results["started"],
-        *results["student"],
-    ]:
-        steps, guidance, evaluations = (
-            "" if row[name] is None else f"{row[name]:g}"
-            for name in ("steps", "guidance", "evaluations")
-        )
+    teachers, students = results["teacher"], [*results["started"], *results["student"]]
+    for row in [real, *teachers, results["solver"], *students]:
+        asked = [row[name] for name in ("steps", "guidance", "evaluations")]
+        steps, guidance, evaluations = ("" if x is None else f"{x:g}" for x in asked)
         name = f"**{row['name']}**" if row["name"] == "ADD student" else row["name"]
-        variance = " · ".join(
-            f"{row[v] / real[v]:.2f}" for v in ("variance_pixels", "variance_features")
-        )
+        ratios = (row[v] / real[v] for v in ("variance_pixels", "variance_features"))
+        variance = " · ".join(f"{x:.2f}" for x in ratios)
         speed = f"{row['images_per_second']:.0f}" if "images_per_second" in row else ""
         lines.append(
             f"| {name} | {steps} | {guidance} | {evaluations} | {row['fd']:.2f} "

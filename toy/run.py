@@ -64,11 +64,8 @@ def parse_arguments(argv):
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_flags(
-        parser.add_argument_group("settings (what is not given comes from the preset)"),
-        Settings,
-        "cpu preset",
-    )
+    group = parser.add_argument_group("settings (what is not given comes from the preset)")
+    add_flags(group, Settings, "cpu preset")
     arguments = parser.parse_args(argv)
     own = {"preset", "device", "out", "resume", "threads", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
@@ -76,25 +73,15 @@ def parse_arguments(argv):
 
 def pick_device(name):
     """CUDA, then MPS, then the CPU; or the one asked for. ValueError if it is not there."""
-    available = [
-        d
-        for d, there in (
-            ("cuda", torch.cuda.is_available()),
-            ("mps", torch.backends.mps.is_available()),
-        )
-        if there
-    ]
-    available.append("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, is_there in (there | {"cpu": True}).items() if is_there]
+    absent = f"--device {name}: not available here"
     if name and name.split(":")[0] not in available:
-        raise ValueError(
-            f"--device {name}: not available here; this machine has {', '.join(available)}"
-        )
+        raise ValueError(f"{absent}; this machine has {', '.join(available)}")
     try:
         return torch.empty(0, device=name or available[0]).device
     except RuntimeError as error:
-        raise ValueError(
-            f"--device {name}: not available here ({one_line(error)[:150]})"
-        ) from error
+        raise ValueError(f"{absent} ({one_line(error)[:150]})") from error
 
 
 def configure(arguments, given, device):
@@ -107,8 +94,8 @@ def configure(arguments, given, device):
     if arguments.resume:
         if not config.exists():
             raise ValueError(
-                f"--resume: there is no run in {folder}; name its folder with --out, or leave "
-                "--resume out"
+                f"--resume: there is no run in {folder}; "
+                "name its folder with --out, or leave --resume out"
             )
         try:
             stored = json.loads(config.read_text())
@@ -161,11 +148,8 @@ def run(arguments, given):
     )
     datasets.check_classes(data)
     seconds = {"data": time.time() - began}
-    print(
-        f"data: {data.name} · preset: {preset} · device: {report.device_name(device)} · folder: "
-        f"{folder}",
-        flush=True,
-    )
+    on = report.device_name(device)
+    print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     precision = settings.precision
     if precision == "auto":
@@ -203,33 +187,16 @@ def run(arguments, given):
     results, seconds["evaluation"] = stored["results"], stored["seconds"]
 
     began = time.time()
-    pictures.comparison(
-        folder / "comparison.png",
-        teacher,
-        started,
-        student,
-        data,
-        settings,
-        results["best_guidance"],
-        device,
-    )
+    path, guidance = folder / "comparison.png", results["best_guidance"]
+    pictures.comparison(path, teacher, started, student, data, settings, guidance, device)
     pictures.refinement(folder / "refinement.png", student, data, settings, device)
     pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
     pictures.curves(folder / "curves.png", folder)
     pictures.cost(folder / "cost.png", results)
     seconds["pictures"] = time.time() - began
-    command = "python toy/run.py " + shlex.join(sys.argv[1:])
-    report.write_report(
-        folder,
-        data,
-        settings,
-        preset,
-        command.strip(),
-        results,
-        seconds,
-        device,
-        peak_memory(torch.device("cpu")),
-    )
+    command = ("python toy/run.py " + shlex.join(sys.argv[1:])).strip()
+    gib = peak_memory(torch.device("cpu"))
+    report.write_report(folder, data, settings, preset, command, results, seconds, device, gib)
     return folder, results, preset
 
 
@@ -241,11 +208,8 @@ def main(argv=None):
     try:
         folder, results, preset = run(arguments, given)
     except Stopped as stopped:
-        print(
-            f"\nstopped by {stopped}; the same command with --resume goes on from the last "
-            "checkpoint",
-            file=sys.stderr,
-        )
+        later = "the same command with --resume goes on from the last checkpoint"
+        print(f"\nstopped by {stopped}; {later}", file=sys.stderr)
         return stopped.code
     except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
         if arguments.debug:

@@ -1,5 +1,5 @@
-"""Draw images from a finished run: python toy/sample.py --run runs/auto-cpu --steps 1 --class 7
---seed 0 --out grid.png"""
+"""Draw images from a finished run:
+python toy/sample.py --run runs/auto-cpu --steps 1 --class 7 --seed 0 --out grid.png"""
 
 import argparse
 import sys
@@ -40,10 +40,8 @@ def class_number(label, classes):
         return classes.index(label)
     if label.isdigit() and int(label) < len(classes):
         return int(label)
-    raise ValueError(
-        f"--class {label}: no such class; there are {', '.join(classes)}, or numbers "
-        f"0…{len(classes) - 1}"
-    )
+    known = f"{', '.join(classes)}, or numbers 0…{len(classes) - 1}"
+    raise ValueError(f"--class {label}: no such class; there are {known}")
 
 
 def draw(arguments):
@@ -58,11 +56,9 @@ def draw(arguments):
     else:
         labels = torch.full((arguments.n,), class_number(arguments.label, classes))
     images = sample_student(student, noise, labels, arguments.steps, arguments.seed + 1)
-    images = (
-        ((images + 1) / 2)
-        .repeat_interleave(arguments.scale, 2)
-        .repeat_interleave(arguments.scale, 3)
-    )
+    images = (images + 1) / 2
+    for axis in (2, 3):
+        images = images.repeat_interleave(arguments.scale, axis)
     columns = 10 if arguments.label is None else max(1, round(arguments.n**0.5))
     save_image(images, arguments.out, nrow=columns, padding=arguments.scale, pad_value=0.35)
 

@@ -44,9 +44,8 @@ def dpm_solver(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
             return x_0
         extrapolated = x_0
         if i > 0:
-            growth = (log_ratio(timesteps[i + 1]) - log_ratio(t)) / (
-                log_ratio(t) - log_ratio(timesteps[i - 1])
-            )
+            ahead = log_ratio(timesteps[i + 1]) - log_ratio(t)
+            growth = ahead / (log_ratio(t) - log_ratio(timesteps[i - 1]))
             extrapolated = x_0 + growth / 2 * (x_0 - before)
         before, (alpha, sigma) = x_0, schedule.coefficients(t)
         x_t = schedule.diffuse(extrapolated, (x_t - alpha * extrapolated) / sigma, timesteps[i + 1])
@@ -56,17 +55,10 @@ def dpm_solver(denoiser, x_t, timesteps, cond, guidance=1.0, null_cond=None):
 def denoise(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
     """One batch of the teacher's images in the space that is diffused, (B, C, H, W), from unit
     noise; labels (B,)."""
-    timesteps = [
-        torch.full_like(labels, t) for t in trailing_timesteps(len(teacher.schedule), steps)
-    ]
-    return sampler(
-        teacher,
-        noise,
-        timesteps,
-        labels,
-        guidance,
-        torch.full_like(labels, teacher.network.classes),
-    )
+    trailing = trailing_timesteps(len(teacher.schedule), steps)
+    timesteps = [torch.full_like(labels, t) for t in trailing]
+    null = torch.full_like(labels, teacher.network.classes)
+    return sampler(teacher, noise, timesteps, labels, guidance, null)
 
 
 def sample_teacher(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):

@@ -1,5 +1,4 @@
-"""Every setting of the toy with its default, its presets, and the command-line flags made from
-them.
+"""Every setting of the toy: defaults, presets, and the command-line flags that come from them.
 
 A setting belongs to the stage whose name it starts with: stage_key() names what a stage's result
 depends on, so that a stage is done again exactly when one of its own settings, its data or an
@@ -264,13 +263,11 @@ STAGES = {
 def stage_key(settings, stage, fingerprint):
     """A short hash of all that a stage's result depends on; fingerprint is the data's."""
     parents, names = STAGES[stage]
-    own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    own = {
-        name: value for name, value in own.items() if name in names or name.split("_")[0] == stage
-    }
+    fields = [f.name for f in dataclasses.fields(settings)]
+    mine = [name for name in fields if name in names or name.split("_")[0] == stage]
+    own = {name: getattr(settings, name) for name in mine}
     if stage == "data":
         own = {"fingerprint": fingerprint, "seed": settings.seed}
-    text = json.dumps(
-        [own, [stage_key(settings, parent, fingerprint) for parent in parents]], sort_keys=True
-    )
+    keys = [stage_key(settings, parent, fingerprint) for parent in parents]
+    text = json.dumps([own, keys], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

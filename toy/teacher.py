@@ -1,5 +1,4 @@
-"""Trains the teacher: a pixel-space, class-conditional diffusion model (Ho et al. 2020) with an
-EMA."""
+"""Trains the teacher: a class-conditional diffusion model of pixels (Ho et al. 2020)."""
 
 import math
 
@@ -18,14 +17,10 @@ def linear_schedule(T=1000, beta_start=1e-4, beta_end=0.02):
 
 
 def cosine_schedule(T=1000, offset=0.008):
-    """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)) (Nichol & Dhariwal
-    2021)."""
-    f = (
-        torch.cos(
-            math.pi / 2 * (torch.arange(T + 1, dtype=torch.float64) / T + offset) / (1 + offset)
-        )
-        ** 2
-    )
+    """ᾱ_t = f(t + 1) / f(0), f(u) = cos²(π/2 (u/T + offset) / (1 + offset)): Nichol & Dhariwal
+    2021."""
+    u = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos(math.pi / 2 * (u / T + offset) / (1 + offset)) ** 2
     return NoiseSchedule.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999).float())
 
 
@@ -69,23 +64,16 @@ def make_denoiser(channels, classes, settings, standardize):
     schedule = SCHEDULES[settings.teacher_schedule]()
     if settings.teacher_zero_snr:
         schedule = schedule.zero_terminal_snr()
-    bf16 = settings.precision == "bf16"
     network = UNet(
         channels,
         classes,
         settings.teacher_widths,
         settings.teacher_blocks,
-        bf16=bf16,
+        bf16=settings.precision == "bf16",
         dropout=settings.teacher_dropout,
     )
-    return Denoiser(
-        network,
-        schedule,
-        settings.teacher_prediction,
-        standardize,
-        standardize.inverse,
-        standardize.clip,
-    )
+    space = (standardize, standardize.inverse, standardize.clip)
+    return Denoiser(network, schedule, settings.teacher_prediction, *space)
 
 
 def training_target(x_0, noise, alpha, sigma, prediction):
@@ -107,9 +95,8 @@ def train_teacher(stage):
     )
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
     images, labels = data.train_images.to(device), data.train_labels.to(device)
-    batches = Batches(
-        images, labels, settings.teacher_batch, settings.seed + 3, settings.flip == "true"
-    )
+    flip, share = settings.flip == "true", settings.teacher_label_dropout
+    batches = Batches(images, labels, settings.teacher_batch, settings.seed + 3, flip)
     generator = torch.Generator(device).manual_seed(settings.seed + 3)
 
     @recorded(device, generators=[generator])
@@ -117,10 +104,7 @@ def train_teacher(stage):
         x_0 = denoiser.encode(images)
         t = torch.randint(len(schedule), (len(x_0),), device=device, generator=generator)
         noise = torch.randn(x_0.shape, device=device, generator=generator)
-        dropped = (
-            torch.rand(len(x_0), device=device, generator=generator)
-            < settings.teacher_label_dropout
-        )
+        dropped = torch.rand(len(x_0), device=device, generator=generator) < share
         output = network(schedule.diffuse(x_0, noise, t), t, labels.masked_fill(dropped, classes))
         target = training_target(x_0, noise, *schedule.coefficients(t), denoiser.prediction)
         loss = (output - target).square().mean()
