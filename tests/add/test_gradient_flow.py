@@ -24,9 +24,9 @@ from add import hinge_student
 from common.augment import AUGMENTATIONS
 from common.health import watch
 
-# BIASES: a convolution's bias is undone by the batch norm behind it; the last one's gradient cancels
-# between reals and fakes within the hinge's margins. So parameters of one axis may stay where they
-# are, those of more must not.
+# BIASES: a convolution's bias is undone by the batch norm behind it; the last one's gradient
+# cancels between reals and fakes within the hinge's margins. So parameters of one axis may stay
+# where they are, those of more must not.
 EVERY_LOSS = [
     {},
     {"weight": "sds", "space": "latent"},
@@ -214,8 +214,8 @@ def test_student_half_raises_the_logits_of_fakes_and_the_heads_half_parts_them()
 
 @pytest.mark.parametrize("space", ["pixel", "latent"])
 def test_each_terms_view_has_that_terms_gradient_alone(space):
-    """A latent student: F and the pixel distance see it decoded. The two gradients, as the log takes
-    them, against both terms computed again, λ included, by torch.autograd.grad."""
+    """A latent student: F and the pixel distance see it decoded. The two gradients, as the log
+    takes them, against both terms computed again, λ included, by torch.autograd.grad."""
     model, batch = make_add(space=space), make_batch()
     for denoiser in (model.student.denoiser, model.teacher):
         denoiser.encode, denoiser.decode = (lambda x: 2 * x), (lambda z: z / 2)
