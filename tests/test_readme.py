@@ -46,7 +46,9 @@ def test_the_tables_are_those_of_the_reports():
     assert kept == {name for group in groups for name in seeds_of(group)}
 
 
-@pytest.mark.parametrize("page", ["README.md", "toy/README.md", "toy/experiments.md", "full/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "toy/README.md", "toy/experiments.md", "full/README.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
@@ -55,12 +57,20 @@ def test_links_lead_somewhere(page):
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), link
         headings = re.findall("^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}, link
+        assert not heading or heading in {
+            re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings
+        }, link
     assert links
 
 
 def test_flags_of_the_toy_exist():
-    shown = subprocess.run([sys.executable, "toy/run.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "toy/run.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     known = set(re.findall(r"--[a-z][\w-]*", shown))
     used = set()
     for page in ("README.md", "toy/README.md", "toy/experiments.md"):
@@ -68,7 +78,9 @@ def test_flags_of_the_toy_exist():
         spans = [*re.findall("`([^`\n]+)`", text), *re.findall("^python .*$", text, re.MULTILINE)]
         for span in spans:
             if span.startswith(("--", "python toy/run.py")) or "&& python toy/run.py" in span:
-                used |= {word.partition("=")[0] for word in shlex.split(span) if word.startswith("--")}
+                used |= {
+                    word.partition("=")[0] for word in shlex.split(span) if word.startswith("--")
+                }
     assert len(used) > 15 and used - known <= {"--backbone"}  # of full/run.py
 
 
@@ -84,10 +96,15 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--data-dir /home/me/data", "--data-dir /home/me/data --threads 1", "--data-dir '/home/me/my data'", "--data-dir=/home/me/data",
-        "--data-dir data", "--data-dir .", "--data-dir /home/me/data --out /home/me/runs/a",
+        "--data-dir /home/me/data",
+        "--data-dir /home/me/data --threads 1",
+        "--data-dir '/home/me/my data'",
+        "--data-dir=/home/me/data",
+        "--data-dir data",
+        "--data-dir .",
+        "--data-dir /home/me/data --out /home/me/runs/a",
     ],
-)  # fmt: skip
+)
 def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, flags):
     run = elsewhere / "run"
     run.mkdir()
@@ -99,7 +116,8 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
     assert main([str(run), "x"]) == 0
     command = "python toy/run.py --data-dir DIR" + " --threads 1" * ("threads" in flags)
     assert (elsewhere / "results/x/report.md").read_text() == REPORT.replace("COMMAND", command)
-    assert (elsewhere / "results/x/config.json").read_text() == '{"dataset": "mnist", "data_dir": "DIR", "seed": 3}'
+    config = (elsewhere / "results/x/config.json").read_text()
+    assert config == '{"dataset": "mnist", "data_dir": "DIR", "seed": 3}'
     assert (elsewhere / "results/x/cost.png").read_bytes() == b"\x89 /home/me/data"
     readme = (elsewhere / "README.md").read_text()
     assert "old" not in readme and readme.endswith("| teacher | 50 |\n<!-- end -->\nprose\n")
@@ -108,7 +126,8 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
 
 def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):
     def row(fd, accuracy, steps):
-        return dict(fd=fd, accuracy=accuracy, precision=0.9, recall=0.8, variance_pixels=1.0, variance_features=1.0, guidance=2.0, steps=steps)
+        rest = dict(precision=0.9, recall=0.8, variance_pixels=1.0, variance_features=1.0)
+        return dict(fd=fd, accuracy=accuracy, guidance=2.0, steps=steps, **rest)
 
     for seed, one in (("x-seed0", 7.0), ("x-seed1", 8.5)):
         folder = elsewhere / "results" / seed
@@ -119,10 +138,14 @@ def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):
         (folder / "config.json").write_text('{"preset": "cpu"}')
         (folder / "report.md").write_text(REPORT)
     head, _, line = summary(["x"])
-    assert head.startswith("| run | seeds | distance, one step, × (≤ 0.8) | distance, 2 steps, × (≤ 0.7) |")
+    columns = "| run | seeds | distance, one step, × (≤ 0.8) | distance, 2 steps, × (≤ 0.7) |"
+    assert head.startswith(columns)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["[x](results/x-seed0/report.md)", "2", "0.775 (0.700 to 0.850)", "0.600 (0.600 to 0.600)"]
-    assert cells[7] == "**0.970 (0.970 to 0.970)**" and cells[-1] == "2"  # accuracy in four steps; minutes
+    assert cells[:2] == ["[x](results/x-seed0/report.md)", "2"]
+    assert cells[2:4] == ["0.775 (0.700 to 0.850)", "0.600 (0.600 to 0.600)"]
+    # Accuracy in four steps; minutes.
+    assert cells[7] == "**0.970 (0.970 to 0.970)**"
+    assert cells[-1] == "2"
 
 
 def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):
@@ -136,7 +159,8 @@ def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):
     for file in KEPT:
         (run / file).write_bytes(REPORT.encode())
     readme.write_text("<!-- report: x -->\nprose\n" + before)
-    assert main([str(run), "x"]) == 2 and "`<!-- report: x -->` has no `<!-- end -->`" in capsys.readouterr().err
+    assert main([str(run), "x"]) == 2
+    assert "`<!-- report: x -->` has no `<!-- end -->`" in capsys.readouterr().err
     assert readme.read_text() == "<!-- report: x -->\nprose\n" + before
     with pytest.raises(ValueError, match="no table below '## Health'"):
         table("x", "Health")

@@ -1,57 +1,22 @@
-"""toy/run.py and toy/sample.py from outside, as a user starts them: a whole tiny run, an interrupted one, mistakes."""
+"""toy/run.py and toy/sample.py as a user starts them: whole, interrupted, by mistake."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from toy_runs import STAGES, TINY, call, main_in_process, start, weights
+from trust import same
 
 from toy import run, sample
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cpu", "--threads", "1", "--precision", "fp32"]
-STAGES = ("metric", "teacher", "distil")  # and features, where F is a ViT
-
-
-def start(script, *arguments):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "toy" / script, *map(str, arguments)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def call(script, *arguments, timeout=240):
-    """(exit code, stdout, stderr)."""
-    process = start(script, *arguments)
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
-
-
-def weights(folder):
-    return torch.load(folder / "distil" / "student.pt", weights_only=True)["network"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A tiny run that was never interrupted: (folder, stdout)."""
-    folder = tmp_path_factory.mktemp("run") / "whole"
-    code, out, err = call("run.py", *TINY, "--out", folder)
-    assert code == 0, err
-    return folder, out
 
 
 def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
     folder, out = finished
-    assert out.splitlines()[0].startswith("data: glyphs (built in) · preset: tiny · device: 1 CPU threads")
+    assert out.splitlines()[0].startswith(
+        "data: glyphs (built in) · preset: tiny · device: 1 CPU threads"
+    )
     report = (folder / "report.md").read_text()
     for name in ("comparison", "refinement", "targets", "cost", "curves"):
         assert (folder / f"{name}.png").stat().st_size > 3000
@@ -59,8 +24,10 @@ def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
     for stage in STAGES:
         assert (folder / stage / "checkpoint.pt").exists()
         assert (folder / stage / "log.csv").read_text().count("\n") >= 2
-    assert "| student before ADD | 1 | 1 | 1 |" in report and "| teacher, DPM-Solver++ | 4 |" in report
-    assert "| **ADD student** | 1 | 1 | 1 |" in report and "| **ADD student** | 4 | 1 | 4 |" in report
+    assert "| student before ADD | 1 | 1 | 1 |" in report
+    assert "| teacher, DPM-Solver++ | 4 |" in report
+    assert "| **ADD student** | 1 | 1 | 1 |" in report
+    assert "| **ADD student** | 4 | 1 | 4 |" in report
     assert " · fp32 · " in report
     assert "not FID" in report and "glyphs (built in)" in report
 
@@ -69,46 +36,60 @@ def test_the_teacher_is_scored_at_the_guidance_that_suits_it_best(finished):
     results = json.loads((finished[0] / "results.json").read_text())["results"]
     searched = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 2}
     best = results["best_guidance"]
-    assert set(searched) == {1.0, 2.0} and best == min(searched, key=searched.get) and results["search_steps"] == 2
+    assert set(searched) == {1.0, 2.0}
+    assert best == min(searched, key=searched.get)
+    assert results["search_steps"] == 2
     rows = [(1, best), (2, 1.0), (2, 2.0), (4, best)]
     assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == rows
-    assert [row["evaluations"] for row in results["teacher"]] == [steps * (1 + (guidance != 1)) for steps, guidance in rows]
-    solver = results["solver"]
-    assert (solver["steps"], solver["guidance"], solver["evaluations"]) == (4, best, 4 * (1 + (best != 1)))
+    evaluations = [steps * (1 + (guidance != 1)) for steps, guidance in rows]
+    assert [row["evaluations"] for row in results["teacher"]] == evaluations
+    solver = [results["solver"][name] for name in ("steps", "guidance", "evaluations")]
+    assert solver == [4, best, 4 * (1 + (best != 1))]
     assert [row["evaluations"] for row in results["student"]] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("flags, rows", [
-    (["--eval-search-steps", "0"], [(1, None), (4, 1.0), (4, 2.0)]),
-    (["--eval-search-steps", "9"], [(1, None), (4, 1.0), (4, 2.0)]),  # not at more steps than it is scored at
-    (["--eval-guidances", "1.5"], [(1, None), (4, 1.5)]),  # nothing to search for
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, rows",
+    [
+        (["--eval-search-steps", "0"], [(1, None), (4, 1.0), (4, 2.0)]),
+        # Not at more steps than it is scored at.
+        (["--eval-search-steps", "9"], [(1, None), (4, 1.0), (4, 2.0)]),
+        (["--eval-guidances", "1.5"], [(1, None), (4, 1.5)]),  # nothing to search for
+    ],
+)
 def test_the_guidance_is_searched_for_at_the_steps_asked_for(finished, tmp_path, flags, rows):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert run.main([*TINY, "--out", str(folder), *flags]) == 0
     results = json.loads((folder / "results.json").read_text())["results"]
-    expected = [(steps, results["best_guidance"] if guidance is None else guidance) for steps, guidance in rows]
-    assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == expected and results["search_steps"] == 4
+    best = results["best_guidance"]
+    expected = [(steps, best if guidance is None else guidance) for steps, guidance in rows]
+    assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == expected
+    assert results["search_steps"] == 4
     last = {row["guidance"]: row["fd"] for row in results["teacher"] if row["steps"] == 4}
-    assert results["best_guidance"] == min(last, key=last.get)
+    assert best == min(last, key=last.get)
 
 
 def test_finished_stages_are_reused_and_a_changed_one_is_not(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    before = {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+
+    def times():
+        return {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+
+    before = times()
     code, out, err = call("run.py", *TINY, "--out", folder)
     assert code == 0 and "evaluation" not in out.splitlines()
-    assert before == {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
-    code, out, err = call("run.py", *TINY, "--out", folder, "--distil-lambda", "7.0")
+    assert before == times()
+    code, out, err = call("run.py", *TINY, "--out", folder, "--distil-lambda", "5.0")
     assert code == 0 and "evaluation" in out.splitlines(), err
-    after = {stage: (folder / stage / "checkpoint.pt").stat().st_mtime_ns for stage in STAGES}
+    after = times()
     assert [stage for stage in STAGES if before[stage] != after[stage]] == ["distil"]
 
 
 def test_a_signal_from_outside_stops_a_run_after_saving(tmp_path):
-    """What a cluster sends, in the midst of ADD; test_toy_trust.py goes on from there."""
+    """What a cluster sends, in the midst of ADD; test_toy_resume.py goes on from there."""
     process, text = start("run.py", *TINY, "--distil-steps", "60", "--out", tmp_path), ""
-    while not ("ADD:" in text and "loss=" in text.rsplit("ADD:", 1)[1]):  # some steps of the stage are done
+    # Some steps of the stage are done.
+    while not ("ADD:" in text and "loss=" in text.rsplit("ADD:", 1)[1]):
         text += process.stderr.read(1)
         assert process.poll() is None, text
     process.send_signal(signal.SIGTERM)
@@ -121,26 +102,28 @@ def test_a_signal_from_outside_stops_a_run_after_saving(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--distil-c-img", "true", "--distil-weight", "nfsd", "--distil-guidance", "7.5", "--distil-c-text", "false"],
-        ["--distil-weight", "sds", "--distil-teacher-steps", "2", "--distil-augment", "translation,cutout"],
-        ["--features", "classifier"],
+        "--distil-weight nfsd --distil-guidance 7.5 --distil-c-text false",
+        "--distil-weight sds --distil-teacher-steps 2 --distil-augment translation,cutout",
+        "--features classifier",
     ],
 )
 def test_other_losses_and_conditions_give_another_student(finished, tmp_path, flags):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    assert run.main([*TINY, "--out", str(folder), *flags]) == 0
+    assert run.main([*TINY, "--out", str(folder), *flags.split()]) == 0
     assert not same(weights(finished[0]), weights(folder))
 
 
 def test_sample_draws_the_same_grid_under_the_same_seed(finished, tmp_path):
     def grid(name, *arguments):
         path = tmp_path / name
-        code, out, err = call("sample.py", "--run", finished[0], "--n", 9, "--out", path, *arguments)
+        flags = ["--run", finished[0], "--n", 9, "--out", path]
+        code, out, err = call("sample.py", *flags, *arguments)
         assert code == 0 and str(path) in out, err
         return path.read_bytes()
 
     one = grid("a.png", "--steps", 1, "--class", 7, "--seed", 0)
-    assert one.startswith(b"\x89PNG") and one == grid("b.png", "--steps", 1, "--class", 7, "--seed", 0)
+    assert one.startswith(b"\x89PNG")
+    assert one == grid("b.png", "--steps", 1, "--class", 7, "--seed", 0)
     assert one != grid("c.png", "--steps", 1, "--class", 7, "--seed", 1)
     assert one != grid("d.png", "--steps", 4, "--class", 7, "--seed", 0)
 
@@ -156,26 +139,25 @@ MISTAKES = {
     "resume without a run": (["--resume", "--out", "/nowhere/run"], "--resume"),
     "unknown weight": ([*TINY, "--distil-weight", "sdss"], "sdss"),
     "unknown prediction": ([*TINY, "--teacher-prediction", "eps"], "eps"),
-    "epsilon at zero SNR": ([*TINY, "--teacher-prediction", "epsilon", "--teacher-zero-snr", "true"], "--teacher-zero-snr"),
+    "epsilon at zero SNR": (
+        [*TINY, "--teacher-prediction", "epsilon", "--teacher-zero-snr", "true"],
+        "--teacher-zero-snr",
+    ),
     "unknown features": ([*TINY, "--features", "vgg"], "--features vgg"),
     "odd width": ([*TINY, "--teacher-widths", "12,16"], "--teacher-widths"),
     "student timesteps": ([*TINY, "--distil-timesteps", "10,5,999"], "--distil-timesteps 10,5,999"),
     "beyond the schedule": ([*TINY, "--distil-timesteps", "10,1000"], "--distil-timesteps 10,1000"),
-    "steps of nfsd": ([*TINY, "--distil-weight", "nfsd", "--distil-teacher-steps", "2"], "--distil-teacher-steps 2"),
+    "steps of nfsd": (
+        [*TINY, "--distil-weight", "nfsd", "--distil-teacher-steps", "2"],
+        "--distil-teacher-steps 2",
+    ),
 }
 
 
-def main_in_process(module, arguments, capsys):
-    """(exit code, stderr) of a main() called here: starting a process costs seconds, and these never get to train."""
-    try:
-        code = module.main([*map(str, arguments)])
-    except SystemExit as stop:  # argparse's own way out
-        code = stop.code
-    return code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments, named", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gives_one_line_that_names_it_before_anything_is_made(arguments, named, tmp_path, capsys):
+def test_a_mistake_gives_one_line_that_names_it_before_anything_is_made(
+    arguments, named, tmp_path, capsys
+):
     code, err = main_in_process(run, ["--out", tmp_path / "run", *arguments], capsys)
     *before, last = err.strip().splitlines()
     assert code == 2 and named in last and (not before or before[0].startswith("usage:"))
@@ -184,10 +166,16 @@ def test_a_mistake_gives_one_line_that_names_it_before_anything_is_made(argument
 
 @pytest.mark.parametrize(
     "arguments, named",
-    [(["--class", "x"], "--class x"), (["--class", "10"], "--class 10"), (["--steps", "5"], "steps=5"), (["--n", "0"], "--n 0")],
+    [
+        (["--class", "x"], "--class x"),
+        (["--class", "10"], "--class 10"),
+        (["--steps", "5"], "steps=5"),
+        (["--n", "0"], "--n 0"),
+    ],
 )
 def test_sample_mistakes(finished, arguments, named, tmp_path, capsys):
-    code, err = main_in_process(sample, ["--run", finished[0], "--out", tmp_path / "x.png", *arguments], capsys)
+    flags = ["--run", finished[0], "--out", tmp_path / "x.png"]
+    code, err = main_in_process(sample, [*flags, *arguments], capsys)
     assert code == 2 and named in err and err.count("\n") == 1
 
 
@@ -198,7 +186,10 @@ def test_sample_without_a_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "module, flags",
-    [(run, ("--resume", "--distil-lambda", "--teacher-widths")), (sample, ("--run", "--steps", "--class"))],
+    [
+        (run, ("--resume", "--distil-lambda", "--teacher-widths")),
+        (sample, ("--run", "--steps", "--class")),
+    ],
 )
 def test_help_is_complete(module, flags, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,5 @@
-"""checkpoints.py: nothing torn is ever read, nothing lost but the file being written, nothing run that was only to be read."""
+"""common/checkpoints.py: nothing torn is ever read, nothing lost but the file being written,
+nothing run that was only to be read."""
 
 import os
 import pickle
@@ -11,15 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from trust import ROOT, Bomb, same
 
-from common.checkpoints import CheckpointError, Stopped, one_line, postponed_signals, read, read_last, write, write_text
+from common.checkpoints import (
+    CheckpointError,
+    Stopped,
+    one_line,
+    postponed_signals,
+    read,
+    read_last,
+    write,
+    write_text,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-STATE = {"weights": torch.arange(1000.0), "step": 3, "rows": [{"loss": 0.5}], "names": ["a", "ß"], "none": None}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and torch.equal(a["weights"], b["weights"]) and all(a[k] == b[k] for k in a if k != "weights")
+STATE = {
+    "weights": torch.arange(1000.0),
+    "step": 3,
+    "rows": [{"loss": 0.5}],
+    "names": ["a", "ß"],
+    "none": None,
+}
 
 
 @pytest.fixture
@@ -33,15 +45,17 @@ def path(tmp_path):
 
 def test_the_last_two_are_kept_and_are_what_was_saved(path):
     assert same(read(path), STATE | {"step": 4}) and same(read(f"{path}.previous"), STATE)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
+    names = sorted(p.name for p in path.parent.iterdir())
+    assert names == ["checkpoint.pt", "checkpoint.pt.previous"]
     assert same(torch.load(path, weights_only=True), STATE | {"step": 4})  # any program can
 
 
 def test_every_truncation_is_noticed_and_the_one_before_is_used(path, capsys):
     whole = path.read_bytes()
+    says = f"^{path} is not a checkpoint of this program, or is cut short$"
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 26, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=f"^{path} is not a checkpoint of this program, or is cut short$"):
+        with pytest.raises(CheckpointError, match=says):
             read(path)
         assert read_last(path)["step"] == 3
         assert str(path) in capsys.readouterr().err
@@ -68,16 +82,9 @@ def test_between_the_two_renamings_the_one_before_is_there(path):
     assert read_last(path)["step"] == 4
 
 
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 def test_code_in_a_file_does_not_run(path, tmp_path):
-    """A pickle and a torch.save file with a call in them, the latter with this program's checksum, too."""
+    """A pickle and a torch.save file with a call in them, the latter with this program's checksum,
+    too."""
     target = tmp_path / "ran"
     torch.save({"x": Bomb(target)}, tmp_path / "torch.pt")
     path.write_bytes((tmp_path / "torch.pt").read_bytes())
@@ -96,18 +103,21 @@ def test_code_in_a_file_does_not_run(path, tmp_path):
 
 def test_a_full_disk_is_named_and_the_checkpoint_stays(path):
     Path(f"{path}.tmp").symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match=f"^{path}: cannot be written: the disk is full; .*intact$"):
+    says = f"^{path}: cannot be written: the disk is full; .*intact$"
+    with pytest.raises(CheckpointError, match=says):
         write(path, STATE | {"step": 5})
     assert read(path)["step"] == 4 and read(f"{path}.previous")["step"] == 3
     assert len(list(path.parent.iterdir())) == 2
     Path(f"{path}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError) as error:
         write_text(path, "text")
-    assert one_line(error.value) == "the disk is full; make room, or name another folder" and read(path)["step"] == 4
+    assert one_line(error.value) == "the disk is full; make room, or name another folder"
+    assert read(path)["step"] == 4
 
 
 def test_a_folder_that_cannot_be_written_is_named():
-    with pytest.raises(CheckpointError, match="/sys/checkpoint.pt: cannot be written: no permission"):
+    says = "/sys/checkpoint.pt: cannot be written: no permission"
+    with pytest.raises(CheckpointError, match=says):
         write("/sys/checkpoint.pt", STATE)
 
 
@@ -130,10 +140,12 @@ while True:
 
 
 def test_kill_9_while_writing_loses_one_checkpoint_at_the_most(tmp_path):
-    """A process that does nothing but write is killed at random moments; what it said was written is there, or newer."""
+    """A process that does nothing but write is killed at random moments; what it said was written
+    is there, or newer."""
     path, draw = tmp_path / "checkpoint.pt", random.Random(1)
+    command = [sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))]
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", WRITER.format(root=str(ROOT), path=str(path))], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert int(process.stdout.readline()) == 1
         time.sleep(draw.random() * 0.3)
         process.send_signal(signal.SIGKILL)
@@ -147,10 +159,12 @@ def test_the_first_signal_waits_and_the_second_stops(number, code, capfd):
     before = signal.getsignal(number)
     with postponed_signals() as received:
         signal.raise_signal(number)
-        assert received == [number] and f"{signal.Signals(number).name}: saving after this step" in capfd.readouterr().err
+        assert received == [number]
+        assert f"{signal.Signals(number).name}: saving after this step" in capfd.readouterr().err
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(number)
-    assert stopped.value.code == code and str(stopped.value) == f"a second {signal.Signals(number).name}, unsaved"
+    assert stopped.value.code == code
+    assert str(stopped.value) == f"a second {signal.Signals(number).name}, unsaved"
     assert str(Stopped(number)) == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
@@ -164,8 +178,9 @@ def test_a_signal_is_kept_though_nobody_reads_what_it_says():
     )
     reading, writing = os.pipe()
     os.close(reading)
+    pipes = dict(stdout=subprocess.PIPE, stderr=writing, text=True)
     try:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **pipes)
     finally:
         os.close(writing)
     assert (done.returncode, done.stdout) == (0, "True\n")

@@ -8,11 +8,24 @@ import torch
 from toy import distil, graphs, run, teacher
 
 pytestmark = pytest.mark.gpu
-TINY = ["--preset", "tiny", "--dataset", "glyphs", "--device", "cuda", "--precision", "fp32", "--deterministic", "true"]
+TINY = [
+    "--preset",
+    "tiny",
+    "--dataset",
+    "glyphs",
+    "--device",
+    "cuda",
+    "--precision",
+    "fp32",
+    "--deterministic",
+    "true",
+]
 
 
 def weights(folder):
-    return torch.load(folder / "distil" / "student.pt", weights_only=True, map_location="cpu")["network"]
+    return torch.load(folder / "distil" / "student.pt", weights_only=True, map_location="cpu")[
+        "network"
+    ]
 
 
 def train(folder, *flags):
@@ -33,7 +46,10 @@ def test_a_recorded_step_draws_and_trains_as_one_that_is_not(recorded, tmp_path,
     for name, w in recorded[1].items():
         torch.testing.assert_close(w, slow[name], rtol=1e-3, atol=1e-4)
     for stage in ("teacher", "distil"):
-        states = [torch.load(f / stage / "checkpoint.pt", weights_only=False) for f in (recorded[0], tmp_path)]
+        states = [
+            torch.load(f / stage / "checkpoint.pt", weights_only=False)
+            for f in (recorded[0], tmp_path)
+        ]
         assert torch.equal(*(s["generator"]["state"] for s in states))
 
 
@@ -100,4 +116,5 @@ def test_a_recorded_function_is_replayed_with_new_arguments_and_new_draws():
 def test_the_log_counts_memory_of_the_gpu(recorded):
     text = (recorded[0] / "distil" / "log.csv").read_text().splitlines()
     row = dict(zip(text[0].split(","), text[-1].split(","), strict=True))
-    assert float(row["memory_gib"]) > 0 and json.loads((recorded[0] / "results.json").read_text())["results"]["n"] == 64
+    assert float(row["memory_gib"]) > 0
+    assert json.loads((recorded[0] / "results.json").read_text())["results"]["n"] == 64

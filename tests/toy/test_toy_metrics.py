@@ -1,0 +1,64 @@
+"""toy/metrics.py: the figures against known values."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+from torch import nn
+
+from toy.metrics import coverage_of, frechet_distance, within_class_variance
+from toy.networks import MetricNet, ViT
+
+
+def test_frechet_distance_of_two_gaussians_by_hand():
+    """μ apart by (3, 4): 25. Deviations 1 and 2 on one axis: (2 - 1)² = 1."""
+    x = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly white
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(25)
+    assert frechet_distance(x, x * torch.tensor([1.0, 2.0])) == pytest.approx(1)
+
+
+def test_frechet_distance_is_symmetric_for_covariances_that_do_not_commute():
+    g = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(500, 4, generator=g) @ torch.randn(4, 4, generator=g) for _ in range(2))
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
+    assert frechet_distance(x, y) > 0.1
+
+
+@settings(max_examples=30, deadline=None)
+@given(strategies.integers(0, 10**6), strategies.floats(0.1, 10), strategies.floats(-5, 5))
+def test_frechet_distance_is_0_of_a_set_to_itself_symmetric_and_the_shift_squared(
+    seed, scale, shift
+):
+    g = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(60, 3, generator=g, dtype=torch.float64)
+    y = x @ torch.diag(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)) + 1
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6 * scale**2)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-6)
+    assert frechet_distance(x, y) > 0
+    expected = pytest.approx(3 * shift**2, rel=1e-6, abs=1e-6 * scale**2)
+    assert frechet_distance(x, x + shift) == expected
+
+
+def test_coverage_is_the_share_inside_the_nearest_neighbour_balls():
+    # With k = 5 the ball of 0 reaches 5, that of 5 reaches 3.
+    manifold = torch.arange(10.0)[:, None]
+    assert coverage_of(torch.tensor([[-4.0], [-6.0], [4.5], [14.5]]), manifold, k=5) == 0.5
+    collapsed = torch.zeros(10, 1)
+    # Recall of a collapsed sampler.
+    assert coverage_of(manifold, collapsed, k=5) == pytest.approx(0.1)
+    assert coverage_of(collapsed, manifold, k=5) == 1  # while its precision is perfect
+
+
+def test_within_class_variance_does_not_see_what_is_between_classes():
+    x = torch.tensor([[0.0, 0], [2, 0], [100, 7], [100, 11]])
+    assert within_class_variance(x, torch.tensor([0, 0, 1, 1])) == pytest.approx((2 + 8) / 2)
+    assert within_class_variance(x[:2].repeat(2, 1) * 0, torch.tensor([0, 0, 1, 1])) == 0
+
+
+def test_the_metric_network_is_another_architecture_than_f():
+    def kinds(network):
+        return {type(m) for m in network.modules() if not list(m.children())}
+
+    assert nn.LayerNorm in kinds(ViT()) and nn.LayerNorm not in kinds(MetricNet())
+    assert nn.BatchNorm2d in kinds(MetricNet()) and nn.BatchNorm2d not in kinds(ViT())
