@@ -8,29 +8,17 @@ import torch
 from toy import distil, graphs, run, teacher
 
 pytestmark = pytest.mark.gpu
-TINY = [
-    "--preset",
-    "tiny",
-    "--dataset",
-    "glyphs",
-    "--device",
-    "cuda",
-    "--precision",
-    "fp32",
-    "--deterministic",
-    "true",
-]
+TINY = "--preset tiny --dataset glyphs --device cuda --precision fp32 --deterministic true".split()
 
 
-def weights(folder):
-    return torch.load(folder / "distil" / "student.pt", weights_only=True, map_location="cpu")[
-        "network"
-    ]
+def load(folder, file):
+    return torch.load(folder / file, weights_only=True, map_location="cpu")
 
 
 def train(folder, *flags):
+    """The weights of the student."""
     assert run.main([*TINY, "--out", str(folder), *flags]) == 0
-    return weights(folder)
+    return load(folder, "distil/student.pt")["network"]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +34,7 @@ def test_a_recorded_step_draws_and_trains_as_one_that_is_not(recorded, tmp_path,
     for name, w in recorded[1].items():
         torch.testing.assert_close(w, slow[name], rtol=1e-3, atol=1e-4)
     for stage in ("teacher", "distil"):
-        states = [
-            torch.load(f / stage / "checkpoint.pt", weights_only=False)
-            for f in (recorded[0], tmp_path)
-        ]
+        states = [load(folder, f"{stage}/checkpoint.pt") for folder in (recorded[0], tmp_path)]
         assert torch.equal(*(s["generator"]["state"] for s in states))
 
 
@@ -91,7 +76,7 @@ def test_a_replay_that_is_not_finite_moves_nothing_and_ends_the_run(tmp_path, mo
     monkeypatch.setattr(distil, "Batches", Bad)
     assert run.main([*TINY, "--out", str(tmp_path), "--checkpoint-seconds", "0"]) == 2
     assert "ADD, step 3: student loss is nan; the last good checkpoint" in capsys.readouterr().err
-    state = torch.load(tmp_path / "distil" / "checkpoint.pt", weights_only=False)
+    state = load(tmp_path, "distil/checkpoint.pt")
     assert state["step"] == 2 and all(w.isfinite().all() for w in state["student"].values())
 
 
