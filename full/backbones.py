@@ -1,4 +1,5 @@
-"""Stable Diffusion as add.py sees it: diffusers' U-Nets, VAEs and text encoders behind add.Denoiser. No method here."""
+"""Stable Diffusion as add.py sees it: diffusers' U-Nets, VAEs and text encoders behind
+add.Denoiser. No method here."""
 
 import copy
 import os
@@ -11,13 +12,23 @@ from torch import nn
 from add import Denoiser, NoiseSchedule
 from full.settings import from_name
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}  # diffusers' names → add.py's
+# diffusers' names → add.py's.
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 TINY_DECODERS = {False: "madebyollin/taesd", True: "madebyollin/taesdxl"}  # by "is it SDXL?"
 
 
-# What the libraries raise on files that are missing, torn, of another kind, or pickles that want to run something.
-LOAD_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError)
+# What the libraries raise on files that are missing, torn, of another kind, or pickles that want to
+# run something.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 class BackboneError(ValueError):
@@ -30,7 +41,8 @@ def first_line(error):
 
 
 class Float32Conv2d(nn.Conv2d):
-    """The U-Net's last layer: ε is not rounded to half precision, for x̂_0 has 14.6 times its error at t = 999."""
+    """The U-Net's last layer: ε is not rounded to half precision, for x̂_0 has 14.6 times its error
+    at t = 999."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -38,7 +50,8 @@ class Float32Conv2d(nn.Conv2d):
 
 
 class UNet(nn.Module):
-    """network(x_t, t, cond) for add.Denoiser; cond is a dict of tensors, the U-Net's own keyword arguments."""
+    """network(x_t, t, cond) for add.Denoiser; cond is a dict of tensors, the U-Net's own keyword
+    arguments."""
 
     def __init__(self, unet):
         super().__init__()
@@ -46,13 +59,18 @@ class UNet(nn.Module):
         unet.conv_out.__class__ = Float32Conv2d  # the same parameters under the same names
 
     def forward(self, x_t, t, cond):
-        dtype = self.unet.conv_in.weight.dtype  # asked here: FSDP2 gathers weights in another one than it keeps
-        cond = {k: {n: v.to(dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(dtype) for k, c in cond.items()}
+        # Asked here: FSDP2 gathers weights in another one than it keeps.
+        dtype = self.unet.conv_in.weight.dtype
+        cond = {
+            k: {n: v.to(dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(dtype)
+            for k, c in cond.items()
+        }
         return self.unet(x_t.to(dtype), t, **cond, return_dict=False)[0]
 
 
 class Latents:
-    """Pixels (B, 3, H, W) in [-1, 1] ↔ scaled latents (B, 4, H/8, W/8), both float32; the VAE works in its own dtype.
+    """Pixels (B, 3, H, W) in [-1, 1] ↔ scaled latents (B, 4, H/8, W/8), both float32; the VAE works
+    in its own dtype.
 
     The decoder may be another network (TAESD) that reads the same latents.
     """
@@ -69,12 +87,14 @@ class Latents:
     def decode(self, z):
         """Pixels (B, 3, H, W) of scaled latents, by the VAE or the tiny decoder in its place."""
         shift = self.shift if self.decoder is self.vae else 0.0
-        z = z / self.decoder.config.scaling_factor + shift  # a tiny decoder has factor 1: it reads scaled latents
+        # A tiny decoder has factor 1: it reads scaled latents.
+        z = z / self.decoder.config.scaling_factor + shift
         return self.decoder.decode(z.to(self.decoder.dtype)).sample.float()
 
 
 class Backbone:
-    """A text-to-image checkpoint: its parts, frozen and in one dtype, and the conditions that its U-Net takes."""
+    """A text-to-image checkpoint: its parts, frozen and in one dtype, and the conditions that its
+    U-Net takes."""
 
     def __init__(self, name, dtype, device, variant=""):
         self.name, self.path, self.device = name, from_name(name), device
@@ -82,12 +102,17 @@ class Backbone:
             config = DiffusionPipeline.load_config(self.path)
         except LOAD_ERRORS as error:
             raise BackboneError(
-                f"{name}: no diffusers pipeline there, as folder or hub repository ({first_line(error)})"
+                f"{name}: no diffusers pipeline there, as folder or hub repository "
+                f"({first_line(error)})"
             ) from error
         if config.get("_class_name") not in PIPELINES:
-            raise BackboneError(f"{name}: is a {config.get('_class_name')}; this code distils {' and '.join(PIPELINES)}")
+            raise BackboneError(
+                f"{name}: is a {config.get('_class_name')}; this code distils "
+                f"{' and '.join(PIPELINES)}"
+            )
         self.is_xl = config["_class_name"] == PIPELINES[1]
-        self.extra = {} if self.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+        self.extra = {} if self.is_xl else unchecked
         self.extra |= {"variant": variant} if variant else {}
         try:
             # Always with a dtype: without one the parts come in several.
@@ -95,9 +120,12 @@ class Backbone:
         except LOAD_ERRORS as error:
             raise BackboneError(f"{name}: cannot be loaded ({first_line(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
-        for part, tokenizer in self.pipe.components.items():  # transformers makes an empty one where there are no files
+        # transformers makes an empty tokenizer where there are no files.
+        for part, tokenizer in self.pipe.components.items():
             if part.startswith("tokenizer") and tokenizer.model_max_length > 10**6:
-                raise BackboneError(f"{name}: the files of its {part} are missing; download it again")
+                raise BackboneError(
+                    f"{name}: the files of its {part} are missing; download it again"
+                )
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval().to(device)
@@ -106,11 +134,12 @@ class Backbone:
         self.schedule = NoiseSchedule(scheduler.alphas_cumprod.float()).to(device)
         self.prediction = PREDICTIONS[scheduler.config.prediction_type]
 
-    # Conditions ------------------------------------------------------------------------------------------------------
+    # Conditions -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def text(self, prompts):
-        """The U-Net's keyword arguments for a list of B prompts, as the pipeline itself makes them."""
+        """The U-Net's keyword arguments for a list of B prompts, as the pipeline itself makes
+        them."""
         embeds, _, *pooled = self.pipe.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -118,45 +147,54 @@ class Backbone:
         return cond | {"added_cond_kwargs": {"text_embeds": pooled[0]}} if self.is_xl else cond
 
     def null(self, n):
-        """∅ for n samples, as the pipeline's guidance has it: SDXL takes zeros, the others the empty prompt."""
+        """∅ for n samples, as the pipeline's guidance has it: SDXL takes zeros, the others the
+        empty prompt."""
         cond = self.text([""] * n)
         if self.is_xl and self.pipe.config.force_zeros_for_empty_prompt:
+            added = cond["added_cond_kwargs"]
             cond["encoder_hidden_states"] = torch.zeros_like(cond["encoder_hidden_states"])
-            cond["added_cond_kwargs"]["text_embeds"] = torch.zeros_like(cond["added_cond_kwargs"]["text_embeds"])
+            added["text_embeds"] = torch.zeros_like(added["text_embeds"])
         return cond
 
     def with_sizes(self, cond, sizes):
-        """SDXL's size and crop conditions added: sizes (B, 6), original height and width, top, left, target."""
+        """SDXL's size and crop conditions added: sizes (B, 6), original height and width, top,
+        left, target."""
         if self.is_xl:
-            cond["added_cond_kwargs"]["time_ids"] = sizes.to(self.device, cond["encoder_hidden_states"].dtype)
+            dtype = cond["encoder_hidden_states"].dtype
+            cond["added_cond_kwargs"]["time_ids"] = sizes.to(self.device, dtype)
         return cond
 
-    # Parts for add.py ------------------------------------------------------------------------------------------------
+    # Parts for add.py -----------------------------------------------------------------------------
 
     def read_unet(self, settings):
         """A U-Net in float32: the checkpoint's, or of the same shape and random."""
         if settings.init == "random":
             return UNet2DConditionModel.from_config(self.pipe.unet.config)
         variant = {"variant": settings.variant} if settings.variant else {}
-        return UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=torch.float32, **variant)
+        return UNet2DConditionModel.from_pretrained(
+            self.path, subfolder="unet", dtype=torch.float32, **variant
+        )
 
     def load_student_unet(self, settings):
         """A trainable U-Net, with LoRA if asked for."""
         unet = self.read_unet(settings)
-        unet.register_to_config(sample_size=settings.resolution // 8)  # what the saved pipeline draws by default
+        # What the saved pipeline draws by default.
+        unet.register_to_config(sample_size=settings.resolution // 8)
         if settings.lora_rank:
             from peft import LoraConfig
 
             targets = ["to_q", "to_k", "to_v", "to_out.0"]
             unet.requires_grad_(False)
-            unet.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets))
+            rank = settings.lora_rank
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         if settings.checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
 
     def load_latents(self, settings):
         """Latents of this backbone, with the decoder that settings.vae names."""
-        vae, decoder = self.pipe.vae, None if settings.vae == "kl" else self.load_tiny_decoder(settings.vae)
+        vae = self.pipe.vae
+        decoder = None if settings.vae == "kl" else self.load_tiny_decoder(settings.vae)
         for network in filter(None, (vae, decoder)):
             if settings.checkpointing:
                 network.enable_gradient_checkpointing()
@@ -170,7 +208,9 @@ class Backbone:
         try:
             decoder = AutoencoderTiny.from_pretrained(path, dtype=self.pipe.vae.dtype)
         except LOAD_ERRORS as error:
-            raise BackboneError(f"--vae {name}: no tiny decoder there ({first_line(error)})") from error
+            raise BackboneError(
+                f"--vae {name}: no tiny decoder there ({first_line(error)})"
+            ) from error
         return decoder.requires_grad_(False).eval().to(self.device)
 
 
@@ -181,9 +221,11 @@ def make_teacher(backbone, latents):
 
 
 def make_student_denoiser(backbone, latents, settings):
-    """add.Denoiser around the trainable U-Net. An ε-network keeps its schedule, a v-network gets zero terminal SNR."""
+    """add.Denoiser around the trainable U-Net. An ε-network keeps its schedule, a v-network gets
+    zero terminal SNR."""
     schedule = copy.deepcopy(backbone.schedule)
-    rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and backbone.prediction == "v")
+    v = backbone.prediction == "v"
+    rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and v)
     if rescale and not schedule.has_zero_terminal_snr:
         schedule = schedule.zero_terminal_snr()
     network = UNet(backbone.load_student_unet(settings)).to(backbone.device)
@@ -191,16 +233,21 @@ def make_student_denoiser(backbone, latents, settings):
 
 
 def same_latents(a, b):
-    """Whether two backbones diffuse the same latents: their VAEs' encoders and scales are equal, weight by weight."""
+    """Whether two backbones diffuse the same latents: their VAEs' encoders and scales are equal,
+    weight by weight."""
     if os.path.realpath(a.path) == os.path.realpath(b.path):
         return True
-    scale = [(x.pipe.vae.config.scaling_factor, getattr(x.pipe.vae.config, "shift_factor", None)) for x in (a, b)]
+    scale = [
+        (x.pipe.vae.config.scaling_factor, getattr(x.pipe.vae.config, "shift_factor", None))
+        for x in (a, b)
+    ]
     x, y = (backbone.pipe.vae.encoder.state_dict() for backbone in (a, b))
     return scale[0] == scale[1] and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
 def collate_conditions(conditions):
-    """Rows of several conditions one after the other, (B_1 + B_2 + …): for a batch that is made of parts."""
+    """Rows of several conditions one after the other, (B_1 + B_2 + …): for a batch that is made of
+    parts."""
     first = conditions[0]
     if isinstance(first, dict):
         return {k: collate_conditions([c[k] for c in conditions]) for k in first}

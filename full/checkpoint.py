@@ -30,7 +30,8 @@ def saved(folder):
 
 
 def network_state(trainer):
-    """The trainable parameters, whole and on the CPU. Every process calls it, the first has them."""
+    """The trainable parameters, whole and on the CPU. Every process calls it, the first has
+    them."""
     if trainer.sharded:
         options = dcp.StateDictOptions(**WHOLE)
         return dcp.get_model_state_dict(trainer.network, options=options)

@@ -1,9 +1,9 @@
-"""Images with captions from webdataset shards, a folder, or a Hugging Face data set: endless, split by process and
-worker, in an order that a seed fixes, and resumable to the sample.
+"""Images with captions from webdataset shards, a folder, or a Hugging Face data set: endless, split
+by process and worker, in an order that a seed fixes, and resumable to the sample.
 
-Every source deals its samples out in windows, each shuffled as a whole; the position in a stream is an epoch, a window's
-place and a count of samples within it, which is all that a checkpoint needs to hold. Samples that cannot be read are
-skipped and counted.
+Every source deals its samples out in windows, each shuffled as a whole; the position in a stream is
+an epoch, a window's place and a count of samples within it, which is all that a checkpoint needs to
+hold. Samples that cannot be read are skipped and counted.
 """
 
 import glob
@@ -44,22 +44,27 @@ def caption_of(record):
     raise ValueError(f"no {', '.join(CAPTION_KEYS)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: windows(epoch, part, parts, start) yields (start of the next window, [raw sample]); a raw sample is a
-# function of no argument that gives (image file's bytes, caption)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sources: windows(epoch, part, parts, start) yields (start of the next window, [raw sample]); a raw
+# sample is a function of no argument that gives (image file's bytes, caption)
+# --------------------------------------------------------------------------------------------------
 
 
 class Listed:
-    """A source whose samples have numbers; subclasses know how many there are and read one: (bytes, caption)."""
+    """A source whose samples have numbers; subclasses know how many there are and read one: (bytes,
+    caption)."""
 
     def __init__(self, settings):
         self.seed, self.window = settings.seed, settings.shuffle_window
 
     def windows(self, epoch, part, parts, start=0):
-        """See above; start is the number of the first sample. DataError for fewer samples than parts."""
+        """See above; start is the number of the first sample. DataError for fewer samples than
+        parts."""
         if len(self) < parts:
-            raise DataError(f"--data: {len(self)} samples for {parts} reading processes (GPUs × --workers); use fewer")
+            raise DataError(
+                f"--data: {len(self)} samples for {parts} reading processes (GPUs × --workers); "
+                "use fewer"
+            )
         order = list(range(len(self)))
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         mine = order[part::parts]
@@ -68,7 +73,8 @@ class Listed:
 
 
 class Folder(Listed):
-    """Images with a .txt beside each, or a metadata.jsonl of file_name and text. DataError without captions."""
+    """Images with a .txt beside each, or a metadata.jsonl of file_name and text. DataError without
+    captions."""
 
     def __init__(self, folder, settings):
         super().__init__(settings)
@@ -79,19 +85,26 @@ class Folder(Listed):
                     record = json.loads(line)
                     self.captions[folder / record["file_name"]] = caption_of(record)
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
-                    raise DataError(f"{metadata}, line {number}: no object with file_name and text ({error})") from None
+                    raise DataError(
+                        f"{metadata}, line {number}: no object with file_name and text ({error})"
+                    ) from None
             self.files = sorted(self.captions)
-            if outside := [f for f in self.files if not f.resolve().is_relative_to(folder.resolve())]:
+            if outside := [
+                f for f in self.files if not f.resolve().is_relative_to(folder.resolve())
+            ]:
                 raise DataError(f"{metadata}: {outside[0]} lies outside of the folder")
         else:
             images = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
             self.files = [f for f in images if f.with_suffix(".txt").exists()]
             if images and not self.files:
                 raise DataError(
-                    f"--data {folder}: {len(images)} images and no captions; put a .txt beside each, or a metadata.jsonl there"
+                    f"--data {folder}: {len(images)} images and no captions; put a .txt beside "
+                    "each, or a metadata.jsonl there"
                 )
         if not self.files:
-            raise DataError(f"--data {folder}: no images there ({', '.join(IMAGE_SUFFIXES)}), nor shards (.tar)")
+            raise DataError(
+                f"--data {folder}: no images there ({', '.join(IMAGE_SUFFIXES)}), nor shards (.tar)"
+            )
 
     def __len__(self):
         return len(self.files)
@@ -103,8 +116,9 @@ class Folder(Listed):
     def read(self, i):
         """(image file's bytes, caption) of sample i."""
         file = self.files[i]
-        caption = self.captions[file] if self.captions else file.with_suffix(".txt").read_text("utf-8").strip()
-        return file.read_bytes(), caption
+        if self.captions:
+            return file.read_bytes(), self.captions[file]
+        return file.read_bytes(), file.with_suffix(".txt").read_text("utf-8").strip()
 
 
 class Hub(Listed):
@@ -117,11 +131,15 @@ class Hub(Listed):
         try:
             table = datasets.load_dataset(name, split=settings.hf_split)
         except Exception as error:  # the library raises many kinds
-            raise DataError(f"--data hf:{name}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+            raise DataError(
+                f"--data hf:{name}: cannot be loaded ({str(error).strip().splitlines()[0]})"
+            ) from error
         self.image, self.caption = settings.hf_image, settings.hf_caption
         for flag, column in (("hf-image", self.image), ("hf-caption", self.caption)):
             if column not in table.column_names:
-                raise DataError(f"--{flag} {column}: no such column; there are {', '.join(table.column_names)}")
+                raise DataError(
+                    f"--{flag} {column}: no such column; there are {', '.join(table.column_names)}"
+                )
         # Not decoded by the library, where one broken image ends the iteration.
         self.table = table.cast_column(self.image, datasets.Image(decode=False))
 
@@ -142,8 +160,9 @@ class Hub(Listed):
 
 
 class Shards:
-    """webdataset shards, each read from its beginning; the order of shards is drawn anew for every epoch. One that was
-    cut within a file is noticed and counted, one cut between two files just ends early."""
+    """webdataset shards, each read from its beginning; the order of shards is drawn anew for every
+    epoch. One that was cut within a file is noticed and counted, one cut between two files just
+    ends early."""
 
     def __init__(self, urls, seed, window):
         self.urls, self.seed, self.window = urls, seed, window
@@ -173,7 +192,8 @@ class Shards:
 
     @staticmethod
     def unpack(files):
-        """(image bytes, caption) of a shard's sample, {suffix: content}. ValueError without one of them."""
+        """(image bytes, caption) of a shard's sample, {suffix: content}. ValueError without one of
+        them."""
         image = next((files[s[1:]] for s in IMAGE_SUFFIXES if s[1:] in files), None)
         if image is None:
             raise ValueError(f"{files['__key__']}: no {', '.join(IMAGE_SUFFIXES)}")
@@ -187,7 +207,8 @@ class Shards:
         """See above; start is (shard, sample in it). DataError for fewer shards than parts."""
         if len(self.urls) < parts:
             raise DataError(
-                f"--data: {len(self.urls)} shards for {parts} reading processes (GPUs × --workers); use fewer workers, or more shards"
+                f"--data: {len(self.urls)} shards for {parts} reading processes (GPUs × "
+                "--workers); use fewer workers, or more shards"
             )
         order = list(self.urls)
         random.Random(f"{self.seed} {epoch}").shuffle(order)
@@ -219,24 +240,29 @@ def open_source(settings):
     if not folder.is_dir():
         from webdataset.shardlists import expand_urls
 
-        urls = [f for url in expand_urls(data) for f in (sorted(glob.glob(url)) if "*" in url else [url])]
+        urls = [
+            f
+            for url in expand_urls(data)
+            for f in (sorted(glob.glob(url)) if "*" in url else [url])
+        ]
         if not urls:
             raise DataError(f"--data {data}: no file of such a name")
         if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise DataError(f"--data {data}: {missing[0]} is not there")
-    # A file by its whole path: webdataset would run the rest of a name that begins with "pipe:" as a command.
+    # A file by its whole path: webdataset would run the rest of a name that begins with "pipe:" as
+    # a command.
     urls = [str(Path(url).absolute()) if Path(url).is_file() else url for url in urls]
     return Shards(urls, settings.seed, settings.shuffle_window)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stream
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def prepare(data, draw, settings):
-    """An image file's bytes → ((3, R, R) in [-1, 1], SDXL's six size and crop conditions). ValueError or OSError if it
-    is broken or too small."""
+    """An image file's bytes → ((3, R, R) in [-1, 1], SDXL's six size and crop conditions).
+    ValueError or OSError if it is broken or too small."""
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     if min(width, height) < settings.min_size:
@@ -244,13 +270,19 @@ def prepare(data, draw, settings):
     image, size = to_rgb(image), settings.resolution
     width, height = image.size  # turned, perhaps
     scale = size / min(width, height)
-    image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS)
-    if settings.flip and draw.random() < 0.5:  # before the crop, whose edges SDXL is told; so does diffusers' training script
+    image = image.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    # Before the crop, whose edges SDXL is told; so does diffusers' training script.
+    if settings.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     room = image.width - size, image.height - size
     left, top = (draw.randint(0, n) if settings.random_crop else n // 2 for n in room)
     image = image.crop((left, top, left + size, top + size))
-    return pil_to_tensor(image).float() / 127.5 - 1, torch.tensor([height, width, top, left, size, size])
+    return pil_to_tensor(image).float() / 127.5 - 1, torch.tensor(
+        [height, width, top, left, size, size]
+    )
 
 
 def name_of(sample):
@@ -296,23 +328,33 @@ class Stream(IterableDataset):
                     except TooSmall as error:  # asked for: not a bad file
                         reason = str(error)
                         continue
-                    except Exception as error:  # whatever libraries raise on broken files; a week's run outlives it
-                        skipped, told, reason = skipped + 1, told + 1, f"{type(error).__name__}: {error}"
+                    # Whatever libraries raise on broken files; a week's run outlives it.
+                    except Exception as error:
+                        skipped, told = skipped + 1, told + 1
+                        reason = f"{type(error).__name__}: {error}"
                         if told <= TOLD:
                             last = "; later ones are only counted" if told == TOLD else ""
                             what = f"{name_of(sample)}: {' '.join(reason.split())[:300]}"
-                            print(f"--data: a sample is skipped ({what}){last}", file=sys.stderr, flush=True)
+                            print(
+                                f"--data: a sample is skipped ({what}){last}",
+                                file=sys.stderr,
+                                flush=True,
+                            )
                         continue
                     yield {"image": image, "sizes": sizes, "caption": caption, "skipped": skipped}
                     skipped, good = 0, True
                 self.start, self.position = after, 0
             if not good:
-                raise DataError(f"--data {self.settings.data}: not one usable sample, {skipped} of them unreadable; the last: {reason}")
+                raise DataError(
+                    f"--data {self.settings.data}: not one usable sample, {skipped} of them "
+                    f"unreadable; the last: {reason}"
+                )
             self.epoch, self.start = self.epoch + 1, None
 
 
 def collate(samples):
-    """Stacked images and sizes, a list of captions, and how many samples were skipped on the way to these."""
+    """Stacked images and sizes, a list of captions, and how many samples were skipped on the way to
+    these."""
     return {
         "image": torch.stack([s["image"] for s in samples]),
         "sizes": torch.stack([s["sizes"] for s in samples]),
@@ -322,13 +364,19 @@ def collate(samples):
 
 
 def _own_group(worker):
-    """A signal to the run's process group does not reach its workers: they end when the trainer has saved and ends."""
+    """A signal to the run's process group does not reach its workers: they end when the trainer has
+    saved and ends."""
     os.setpgid(0, 0)
 
 
 def make_loader(settings, rank=0, world=1):
-    """A loader of endless batches for one process, with state_dict and load_state_dict. DataError as above."""
+    """A loader of endless batches for one process, with state_dict and load_state_dict. DataError
+    as above."""
     stream = Stream(open_source(settings), settings, rank, world)
     return StatefulDataLoader(
-        stream, settings.batch, num_workers=settings.workers, collate_fn=collate, worker_init_fn=_own_group
+        stream,
+        settings.batch,
+        num_workers=settings.workers,
+        collate_fn=collate,
+        worker_init_fn=_own_group,
     )

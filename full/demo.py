@@ -1,7 +1,7 @@
 """Draws while you type: python full/demo.py --pipeline DIR
 
-A local page for a student of full/run.py: prompt, steps, seed, and how long an image took. It is drawn anew with every
-change. The first line of the output says where the page is.
+A local page for a student of full/run.py: prompt, steps, seed, and how long an image took. It is
+drawn anew with every change. The first line of the output says where the page is.
 """
 
 import argparse
@@ -16,12 +16,20 @@ from full.sample import DTYPES, call_of, place
 
 def parse_arguments(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="full/demo.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="full/demo.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
     parser.add_argument("--device", help="default: cuda if it is there, else cpu")
-    parser.add_argument("--host", default="127.0.0.1", help="who may see the page (default: 127.0.0.1, this machine alone)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="who may see the page (default: 127.0.0.1, this machine alone)",
+    )
     parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
     return parser.parse_args(argv)
 
@@ -52,7 +60,14 @@ def make_page(draw, steps):
         seconds = gradio.Textbox(label="time", interactive=False)
         # While an image is drawn, only the newest change waits.
         changes = [page.load, prompt.change, number.change, seed.change]
-        gradio.on(changes, draw, [prompt, number, seed], [image, seconds], trigger_mode="always_last", show_progress="hidden")
+        gradio.on(
+            changes,
+            draw,
+            [prompt, number, seed],
+            [image, seconds],
+            trigger_mode="always_last",
+            show_progress="hidden",
+        )
     return page
 
 

@@ -1,4 +1,5 @@
-"""Writes the student as a diffusers pipeline folder that samples as add.Student.sample does, with a model card."""
+"""Writes the student as a diffusers pipeline folder that samples as add.Student.sample does, with a
+model card."""
 
 import json
 import os
@@ -13,16 +14,26 @@ from full.settings import LICENCES, as_table, torch_dtype
 
 
 def make_scheduler(scheduler_config, settings):
-    """LCMScheduler: it predicts x_0, adds fresh noise, predicts again, which is ADD's sampler; Euler's and DDPM's keep
-    a share of the old noise. original_inference_steps makes its timesteps T_student's, if those are evenly spaced."""
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    """LCMScheduler: it predicts x_0, adds fresh noise, predicts again, which is ADD's sampler;
+    Euler's and DDPM's keep a share of the old noise. original_inference_steps makes its timesteps
+    T_student's, if those are evenly spaced."""
+    keys = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+    )
     v = scheduler_config["prediction_type"] == "v_prediction"
     rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and v)
     return LCMScheduler(
-        **{k: scheduler_config[k] for k in keys}, original_inference_steps=len(settings.timesteps), clip_sample=False,
+        **{k: scheduler_config[k] for k in keys},
+        original_inference_steps=len(settings.timesteps),
+        clip_sample=False,
         steps_offset=1,  # LCMScheduler does not use it; the pipelines warn at 0
         rescale_betas_zero_snr=rescale or scheduler_config.get("rescale_betas_zero_snr", False),
-    )  # fmt: skip
+    )
 
 
 def is_evenly_spaced(timesteps, T=1000):
@@ -32,11 +43,16 @@ def is_evenly_spaced(timesteps, T=1000):
 
 
 def student_unet(backbone, state, settings):
-    """The saved student as a plain U-Net on the CPU, and the LoRA adapter that is merged into it ({} without one)."""
+    """The saved student as a plain U-Net on the CPU, and the LoRA adapter that is merged into it
+    ({} without one)."""
     unet, adapter = backbone.load_student_unet(settings).cpu(), {}
-    missing, unexpected = unet.load_state_dict({k.removeprefix("unet."): v for k, v in state.items()}, strict=False)
+    missing, unexpected = unet.load_state_dict(
+        {k.removeprefix("unet."): v for k, v in state.items()}, strict=False
+    )
     if unexpected or (missing and not settings.lora_rank):
-        raise ValueError(f"the student's weights do not fit its U-Net: {(unexpected or missing)[0]}")
+        raise ValueError(
+            f"the student's weights do not fit its U-Net: {(unexpected or missing)[0]}"
+        )
     if settings.lora_rank:
         from peft.utils import get_peft_model_state_dict
 
@@ -49,7 +65,9 @@ def student_unet(backbone, state, settings):
 def commit():
     """This repository's commit, or "unknown" outside of one."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
@@ -65,7 +83,8 @@ def licence_of(backbone):
 
 
 def model_card(backbone, settings):
-    """README.md of the pipeline folder: what it is, how to sample, from which data and settings, under what licence."""
+    """README.md of the pipeline folder: what it is, how to sample, from which data and settings,
+    under what licence."""
     n, licence = len(settings.timesteps), licence_of(backbone)
     call = "num_inference_steps=1, guidance_scale=0.0"
     if not is_evenly_spaced(settings.timesteps):
@@ -85,8 +104,9 @@ tags: [adversarial-diffusion-distillation]
 ---
 # {backbone.path}, distilled with ADD
 
-A student of Adversarial Diffusion Distillation ([Sauer et al. 2023](https://arxiv.org/abs/2311.17042)) that samples in 1 to {n} steps,
-without guidance, at {settings.resolution}×{settings.resolution}.
+A student of Adversarial Diffusion Distillation
+([Sauer et al. 2023](https://arxiv.org/abs/2311.17042)) that samples in 1 to {n} steps, without
+guidance, at {settings.resolution}×{settings.resolution}.
 
 ```python
 from diffusers import AutoPipelineForText2Image
@@ -94,7 +114,8 @@ pipe = AutoPipelineForText2Image.from_pretrained("DIR")
 image = pipe("a lighthouse in a storm", {call}).images[0]
 ```
 {lora}
-Timesteps it was trained at: {", ".join(map(str, settings.timesteps))}. More steps than {n}, or guidance, are outside of its training.
+Timesteps it was trained at: {", ".join(map(str, settings.timesteps))}.
+More steps than {n}, or guidance, are outside of its training.
 
 - data: `{settings.data}`
 - licence of the base model, which holds for this one: {licence}
@@ -107,18 +128,23 @@ Timesteps it was trained at: {", ".join(map(str, settings.timesteps))}. More ste
 
 
 def save_pipeline(folder, backbone, state, settings):
-    """The base pipeline, read anew, with the student's U-Net and scheduler, in settings.save_dtype: folder complete or
-    not there. Of a LoRA the adapter stands beside it, as load_lora_weights reads it. state: the trainable parameters'
-    names → tensors."""
+    """The base pipeline, read anew, with the student's U-Net and scheduler, in settings.save_dtype:
+    folder complete or not there. Of a LoRA the adapter stands beside it, as load_lora_weights reads
+    it. state: the trainable parameters' names → tensors."""
     dtype, temporary = torch_dtype(settings.save_dtype), Path(f"{folder}.tmp")
     unet, adapter = student_unet(backbone, state, settings)
     unet = unet.to(dtype)
     scheduler = make_scheduler(backbone.scheduler_config, settings)
-    pipe = DiffusionPipeline.from_pretrained(backbone.path, unet=unet, scheduler=scheduler, dtype=dtype, **backbone.extra)
+    pipe = DiffusionPipeline.from_pretrained(
+        backbone.path, unet=unet, scheduler=scheduler, dtype=dtype, **backbone.extra
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
     if adapter:
-        pipe.save_lora_weights(temporary, unet_lora_layers={name: x.to(dtype).contiguous() for name, x in adapter.items()})
+        pipe.save_lora_weights(
+            temporary,
+            unet_lora_layers={name: x.to(dtype).contiguous() for name, x in adapter.items()},
+        )
     (temporary / "README.md").write_text(model_card(backbone, settings), "utf-8")
     (temporary / "add.json").write_text(json.dumps({"timesteps": settings.timesteps}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,12 +15,14 @@ IMAGE_NETWORKS = {
     "dinov2-l": "facebook/dinov2-large",
     "clip-l": "openai/clip-vit-large-patch14",
 }
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation of the pixels that DINO was trained on
+# Mean and deviation of the pixels that DINO was trained on.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def load_vit(name, dtype, what):
-    """A frozen vision transformer (transformers' DINOv2, ViT or CLIP) by its short name, folder or repository."""
+    """A frozen vision transformer (transformers' DINOv2, ViT or CLIP) by its short name, folder or
+    repository."""
     path = IMAGE_NETWORKS.get(name, name)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -28,29 +30,40 @@ def load_vit(name, dtype, what):
         network = kind.from_pretrained(path, dtype=dtype)
     except LOAD_ERRORS as error:
         names = ", ".join(IMAGE_NETWORKS)
-        raise BackboneError(f"--{what} {name}: none of {names}, nor a vision model ({first_line(error)})") from error
+        raise BackboneError(
+            f"--{what} {name}: none of {names}, nor a vision model ({first_line(error)})"
+        ) from error
     if network.config.model_type not in ("dinov2", "vit", "clip_vision_model"):
-        raise BackboneError(f"--{what} {name}: is a {network.config.model_type}; DINOv2, ViT and CLIP are known")
+        raise BackboneError(
+            f"--{what} {name}: is a {network.config.model_type}; DINOv2, ViT and CLIP are known"
+        )
     return network.requires_grad_(False).eval()
 
 
 class VisionTransformer(nn.Module):
-    """A frozen ViT on images (B, 3, H, W) in [-1, 1], resized to `size` (0: its own) and normalised as it expects.
+    """A frozen ViT on images (B, 3, H, W) in [-1, 1], resized to `size` (0: its own) and normalised
+    as it expects.
 
-    Calling it gives the token maps [(B, N, C)] of StyleGAN-T's discriminator: after the patch embedding and after four
-    evenly spaced blocks (2, 5, 8, 11 of 12), with the class token read out. crop is the probability that a batch is cut
-    out at random, at `size`, instead of resized: only in calls that are for the discriminator.
+    Calling it gives the token maps [(B, N, C)] of StyleGAN-T's discriminator: after the patch
+    embedding and after four evenly spaced blocks (2, 5, 8, 11 of 12), with the class token read
+    out. crop is the probability that a batch is cut out at random, at `size`, instead of resized:
+    only in calls that are for the discriminator.
     """
 
     def __init__(self, network, size=0, crop=0.0, what="features"):
         super().__init__()
         self.network, self.crop, config = network, crop, network.config
-        self.size, patch, blocks = size or config.image_size, config.patch_size, config.num_hidden_layers
+        self.size = size or config.image_size
+        patch, blocks = config.patch_size, config.num_hidden_layers
         if self.size % patch:
-            raise BackboneError(f"--{what}-size {self.size}: must be a multiple of {patch}, the patch of this network")
+            raise BackboneError(
+                f"--{what}-size {self.size}: must be a multiple of {patch}, the patch of this "
+                "network"
+            )
         if blocks < 4:
             raise BackboneError(f"--{what}: a network of {blocks} blocks; four are read")
-        self.levels = [0] + [blocks * i // 4 for i in (1, 2, 3, 4)]  # of hidden_states, whose first is the embedding
+        # Places in hidden_states, whose first is the embedding.
+        self.levels = [0] + [blocks * i // 4 for i in (1, 2, 3, 4)]
         self.width = config.hidden_size
         self.channels = [self.width] * len(self.levels)
         mean, std = CLIP if config.model_type == "clip_vision_model" else IMAGENET
@@ -69,46 +82,64 @@ class VisionTransformer(nn.Module):
         return (((images + 1) / 2 - self.mean) / self.std).to(self.network.dtype)
 
     def forward(self, images):
-        output = self.network(self._prepare(images, self.crop), output_hidden_states=True, **self.options)
+        output = self.network(
+            self._prepare(images, self.crop), output_hidden_states=True, **self.options
+        )
         return [readout(output.hidden_states[i].float()) for i in self.levels]
 
     @torch.no_grad()
     def summary(self, images):
         """The class token after the last norm, (B, C), scaled to mean square 1: c_img."""
-        return unit_scale(self.network(self._prepare(images, 0.0), **self.options).last_hidden_state[:, 0].float())
+        return unit_scale(
+            self.network(self._prepare(images, 0.0), **self.options).last_hidden_state[:, 0].float()
+        )
 
 
 def encode(unet, x_t, t, cond):
-    """What each block of a diffusers U-Net's down path gives, and its middle: [(B, C_k, H_k, W_k)]; cond as backbones.UNet
-    takes it."""
+    """What each block of a diffusers U-Net's down path gives, and its middle: [(B, C_k, H_k, W_k)];
+    cond as backbones.UNet takes it."""
     text, added = cond["encoder_hidden_states"], cond.get("added_cond_kwargs")
     embedding = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t))
     more = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
     embedding = embedding if more is None else embedding + more
     h, maps = unet.conv_in(x_t), []
     for block in (*unet.down_blocks, unet.mid_block):
-        h = block(h, embedding, **({"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}))
+        h = block(
+            h,
+            embedding,
+            **(
+                {"encoder_hidden_states": text}
+                if getattr(block, "has_cross_attention", False)
+                else {}
+            ),
+        )
         h = h[0] if isinstance(h, tuple) else h  # a down block gives its skips, too
         maps.append(h)
     return maps
 
 
 class TeacherEncoder(nn.Module):
-    """The frozen teacher's down path and middle on noised latents, as in LADD (Sauer et al. 2024) and DMD2: no image is
-    decoded for the discriminator.
+    """The frozen teacher's down path and middle on noised latents, as in LADD (Sauer et al. 2024)
+    and DMD2: no image is decoded for the discriminator.
 
-    Scaled latents (B, 4, h, w) are diffused to t drawn uniformly from 0…599, each to its own, and get the empty prompt.
-    Calling it gives token maps [(B, N_k, C_k)]. The draws have a generator of their own, which checkpoints hold.
+    Scaled latents (B, 4, h, w) are diffused to t drawn uniformly from 0…599, each to its own, and
+    get the empty prompt. Calling it gives token maps [(B, N_k, C_k)]. The draws have a generator of
+    their own, which checkpoints hold.
     """
 
     space = "latent"
 
     def __init__(self, teacher, null, seed, device):
         super().__init__()
-        self.__dict__.update(teacher=teacher, null=null)  # past the module tree, which has it; null(B) is ∅ for B samples
+        # Past the module tree, which has the teacher already; null(B) is ∅ for B samples.
+        self.__dict__.update(teacher=teacher, null=null)
         unet = teacher.network.unet
-        self.channels = [block.resnets[-1].out_channels for block in (*unet.down_blocks, unet.mid_block)]
-        self.generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
+        self.channels = [
+            block.resnets[-1].out_channels for block in (*unet.down_blocks, unet.mid_block)
+        ]
+        self.generator = None  # on the meta device, which has none
+        if device.type != "meta":
+            self.generator = torch.Generator(device).manual_seed(seed)
 
     def forward(self, latents):
         x_t, t = noised(self.teacher.schedule, latents, self.generator)
@@ -118,7 +149,8 @@ class TeacherEncoder(nn.Module):
 
 
 def unit_scale(x):
-    """Rows of x (B, C) scaled to mean square 1, so that conditions of any encoder weigh alike in the projection."""
+    """Rows of x (B, C) scaled to mean square 1, so that conditions of any encoder weigh alike in
+    the projection."""
     return x * (x.shape[1] ** 0.5) / x.norm(dim=1, keepdim=True)
 
 
@@ -129,15 +161,21 @@ class TextFeatures:
         import open_clip
 
         try:
-            if "/" in name and not name.startswith((".", "/")) and name.split("/")[0] in open_clip.list_models():
+            if (
+                "/" in name
+                and not name.startswith((".", "/"))
+                and name.split("/")[0] in open_clip.list_models()
+            ):
                 model, weights = name.split("/")
             else:
                 model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
-            network = open_clip.create_model(model, pretrained=weights, require_pretrained=True)  # else: random ones
+            # Without require_pretrained its weights could be random.
+            network = open_clip.create_model(model, pretrained=weights, require_pretrained=True)
             self.tokenize = open_clip.get_tokenizer(model)
         except LOAD_ERRORS as error:
             raise BackboneError(
-                f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one ({first_line(error)})"
+                f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one "
+                f"({first_line(error)})"
             ) from error
         network.visual = None  # three quarters of it
         self.network = network.requires_grad_(False).eval().to(device, dtype)

@@ -43,7 +43,8 @@ def make_accelerator(settings, folder):
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:  # some launches start processes that think they are alone
+    # Some launches start processes that think they are alone.
+    if accelerator.num_processes != asked:
         raise TrainingError(
             f"{asked} processes were launched and each is alone; without GPUs set "
             "ACCELERATE_USE_CPU=true and use torchrun"

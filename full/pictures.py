@@ -1,4 +1,5 @@
-"""Grids for the eye: validation prompts in 1, 2 and 4 steps, and what the distillation loss asks for."""
+"""Grids for the eye: validation prompts in 1, 2 and 4 steps, and what the distillation loss asks
+for."""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ PROMPTS = (
 
 
 def read_prompts(path):
-    """The lines of a file that are not empty, or prompts of our own. ValueError if the file has none."""
+    """The lines of a file that are not empty, or prompts of our own. ValueError if the file has
+    none."""
     if not path:
         return list(PROMPTS)
     try:
@@ -34,7 +36,8 @@ def to_array(images, columns):
 
 
 def validation(student, backbone, settings):
-    """{"steps_k": grid}: every prompt from the same noise in k = 1, 2, 4 steps (as many as T_student allows)."""
+    """{"steps_k": grid}: every prompt from the same noise in k = 1, 2, 4 steps (as many as
+    T_student allows)."""
     prompts, size = read_prompts(settings.prompts), settings.resolution
     sizes = torch.tensor([[size, size, 0, 0, size, size]] * len(prompts))
     cond = backbone.with_sizes(backbone.text(prompts), sizes)
@@ -43,7 +46,9 @@ def validation(student, backbone, settings):
     for k in (k for k in (1, 2, 4) if k <= len(student.timesteps)):
         generator = torch.Generator(device).manual_seed(settings.seed)
         noise = torch.randn(shape, device=device, generator=generator)
-        grids[f"steps_{k}"] = to_array(student.sample(noise, cond, k, generator=generator), len(prompts))
+        grids[f"steps_{k}"] = to_array(
+            student.sample(noise, cond, k, generator=generator), len(prompts)
+        )
     return grids
 
 
@@ -51,7 +56,9 @@ def validation(student, backbone, settings):
 def targets(batch, half, add, settings, columns=8):
     """x_0, the student's x̂_θ and the teacher's x̂_ψ of a batch, a row each."""
     target = half.target if settings.space == "pixel" else add.teacher.decode(half.target[:columns])
-    pixels = add.student.denoiser.decode(half.x_hat[:columns]) if half.pixels is None else half.pixels
+    pixels = half.pixels
+    if pixels is None:
+        pixels = add.student.denoiser.decode(half.x_hat[:columns])
     rows = [x[:columns].float().cpu() for x in (batch.x_0, pixels, target)]
     return to_array(torch.cat(rows), len(rows[0]))
 

@@ -1,7 +1,7 @@
 """Distil Stable Diffusion with ADD: python full/run.py --backbone sdxl --data SHARDS --out DIR
 
-On several GPUs: accelerate launch --config_file full/configs/NAME.yaml full/run.py … The result is DIR/pipeline, a
-diffusers folder. Ctrl-C and SIGTERM save; --resume auto goes on.
+On several GPUs: accelerate launch --config_file full/configs/NAME.yaml full/run.py … The result is
+DIR/pipeline, a diffusers folder. Ctrl-C and SIGTERM save; --resume auto goes on.
 """
 
 import argparse
@@ -21,14 +21,34 @@ from full.settings import Settings
 
 def parse_arguments(argv):
     """(arguments, {setting: value} of those given)."""
-    parser = argparse.ArgumentParser(prog="full/run.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/full"), help="run folder (default: runs/full)")
-    parser.add_argument("--resume", metavar="X", help="auto (the last checkpoint of --out, if there is one), or a checkpoint's folder")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the pipeline to this repository when done")
-    parser.add_argument("--plan", action="store_true", help="print memory, time and GPU-hours of the run instead; needs no data or GPU")
+    parser = argparse.ArgumentParser(
+        prog="full/run.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/full"), help="run folder (default: runs/full)"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="X",
+        help="auto (the last checkpoint of --out, if there is one), or a checkpoint's folder",
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the pipeline to this repository when done"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print memory, time and GPU-hours of the run instead; needs no data or GPU",
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="of --plan: how many (default: 1)")
-    parser.add_argument("--gpu", metavar="X", help="of --plan: a100-40, a100-80 (default), h100-80, h200-141, rtx4090-24 or l40s-48")
+    parser.add_argument(
+        "--gpu",
+        metavar="X",
+        help="of --plan: a100-40, a100-80 (default), h100-80, h200-141, rtx4090-24 or l40s-48",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser.add_argument_group("settings"), Settings)
     arguments = parser.parse_args(argv)
@@ -44,7 +64,9 @@ def configure(arguments, given):
             stored = json.loads(config.read_text())["settings"]
             from_dict(Settings, stored)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{config}: not the settings of a run ({error}); start over without --resume") from error
+            raise ValueError(
+                f"{config}: not the settings of a run ({error}); start over without --resume"
+            ) from error
         given = stored | given
     return from_dict(Settings, given)
 
@@ -53,7 +75,9 @@ def print_plan(settings, arguments):
     """Prints full/plan/plan.py's report. ValueError if the batch does not fit."""
     from full.plan.plan import plan
 
-    report, problem = plan(settings, 1 if arguments.gpus is None else arguments.gpus, arguments.gpu or "a100-80")
+    report, problem = plan(
+        settings, 1 if arguments.gpus is None else arguments.gpus, arguments.gpu or "a100-80"
+    )
     print(report, flush=True)
     if problem:
         raise ValueError(problem)
@@ -65,17 +89,23 @@ def run(arguments, given):
     if arguments.plan:
         return print_plan(settings, arguments)
     if arguments.gpus is not None or arguments.gpu is not None:
-        raise ValueError("--gpus, --gpu: are for --plan; a run has the GPUs that `accelerate launch` gives it")
+        raise ValueError(
+            "--gpus, --gpu: are for --plan; a run has the GPUs that `accelerate launch` gives it"
+        )
     if settings.deterministic:
         be_deterministic()
-    from full import checkpoint, export, parts, train  # here: --help and mistakes in flags need not wait for diffusers
+    # Imported here: --help and mistakes in flags need not wait for diffusers.
+    from full import checkpoint, export, parts, train
 
     accelerator = parts.make_accelerator(settings, arguments.out)
     main = accelerator.is_main_process
     if main:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if not arguments.resume and checkpoint.saved(arguments.out):
-            raise ValueError(f"--out {arguments.out}: holds a run; --resume auto goes on with it, another folder starts over")
+            raise ValueError(
+                f"--out {arguments.out}: holds a run; --resume auto goes on with it, another "
+                "folder starts over"
+            )
         config = {"settings": dataclasses.asdict(settings), "commit": export.commit()}
     trainer = train.Trainer(settings, accelerator, arguments.out)
     if arguments.resume:
@@ -83,13 +113,18 @@ def run(arguments, given):
     if main:
         write_text(arguments.out / "config.json", json.dumps(config, indent=2) + "\n")
         count = sum(p.numel() for p in trainer.trained)
+        processes = accelerator.num_processes
+        batch = settings.batch * settings.accumulate * processes
         print(
-            f"student: {settings.backbone} · teacher: {settings.teacher or settings.backbone} · {count:,} trained parameters · "
-            f"{accelerator.num_processes} × {trainer.device.type} · batch {settings.batch * settings.accumulate * accelerator.num_processes} "
-            f"· from step {trainer.step} to {settings.steps} · folder: {arguments.out}",
+            f"student: {settings.backbone} · teacher: {settings.teacher or settings.backbone} · "
+            f"{count:,} trained parameters · {processes} × {trainer.device.type} · batch {batch} · "
+            f"from step {trainer.step} to {settings.steps} · folder: {arguments.out}",
             flush=True,
         )
-    values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    values = {
+        k: ",".join(map(str, v)) if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(settings).items()
+    }
     accelerator.init_trackers("add", config=values)
     folder = trainer.run()
     if main and arguments.push_to_hub:
@@ -98,23 +133,33 @@ def run(arguments, given):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 or 143 stopped by SIGINT or SIGTERM after saving (a
-    second one: at once)."""
+    """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 or 143 stopped by SIGINT or
+    SIGTERM after saving (a second one: at once)."""
     arguments, given = parse_arguments(argv)
     stop_on_signals()
     try:
         folder = run(arguments, given)
     except KeyboardInterrupt as stop:
-        print(f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto goes on from "
+            "the last checkpoint",
+            file=sys.stderr,
+        )
         return getattr(stop, "code", 130)
     except Exception as error:
-        mistakes = isinstance(error, (ValueError, OSError)) or type(error).__name__ in ("TrainingError", "CheckpointError")
+        mistakes = isinstance(error, (ValueError, OSError)) or type(error).__name__ in (
+            "TrainingError",
+            "CheckpointError",
+        )
         if arguments.debug or not mistakes:
             raise
         print(f"full/run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if folder:
-        print(f"\npipeline: {folder}\nsample it: python full/sample.py --pipeline {folder} --prompt TEXT --steps 1 --out samples")
+        print(
+            f"\npipeline: {folder}\nsample it: python full/sample.py --pipeline {folder} --prompt "
+            "TEXT --steps 1 --out samples"
+        )
     return 0
 
 

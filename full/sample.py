@@ -1,6 +1,8 @@
-"""Draw from a distilled pipeline: python full/sample.py --pipeline DIR --prompt "a fox" --steps 1 --out samples
+"""Draw from a distilled pipeline: python full/sample.py --pipeline DIR --prompt "a fox" --steps 1
+--out samples
 
-Writes 0000.png, 0001.png, … and metadata.jsonl with the prompt of each. With --image, image-to-image from a file.
+Writes 0000.png, 0001.png, … and metadata.jsonl with the prompt of each. With --image,
+image-to-image from a file.
 """
 
 import argparse
@@ -15,24 +17,43 @@ from full.settings import DTYPES, torch_dtype
 
 def parse_arguments(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="full/sample.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="full/sample.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", default="", help="a file of prompts, one a line")
-    parser.add_argument("--steps", type=int, default=1, help="network evaluations an image (default: 1)")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="network evaluations an image (default: 1)"
+    )
     parser.add_argument("--count", type=int, default=1, help="images of each prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; each further one adds 1 (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first image; each further one adds 1 (default: 0)",
+    )
     parser.add_argument("--image", type=Path, help="start from this image instead of from noise")
-    parser.add_argument("--strength", type=float, default=0.5, help="how much of --image is redrawn, in (0, 1] (default: 0.5)")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=0.5,
+        help="how much of --image is redrawn, in (0, 1] (default: 0.5)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
     parser.add_argument("--device", help="default: cuda if it is there, else cpu")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder of the images (default: samples)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples"), help="folder of the images (default: samples)"
+    )
     return parser.parse_args(argv)
 
 
 def timesteps_of(folder, steps):
-    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json tells), else None. ValueError."""
+    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json
+    tells), else None. ValueError."""
     from full.export import is_evenly_spaced
 
     path = Path(folder) / "add.json"
@@ -51,7 +72,8 @@ def timesteps_of(folder, steps):
 
 
 def load_pipeline(kind, name, dtype, flag="--pipeline"):
-    """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars. ValueError."""
+    """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars.
+    ValueError."""
     from full.backbones import LOAD_ERRORS, first_line
 
     try:
@@ -73,7 +95,8 @@ def place(kind, arguments):
 
 
 def schedule_length(steps, strength):
-    """How many timesteps a schedule needs for its last share of `strength` to have `steps`: 1 and 0.5 → 2."""
+    """How many timesteps a schedule needs for its last share of `strength` to have `steps`: 1 and
+    0.5 → 2."""
     n = int(steps / strength)
     while int(n * strength) < steps:  # the share that diffusers' image-to-image pipelines take
         n += 1
@@ -81,19 +104,22 @@ def schedule_length(steps, strength):
 
 
 def call_of(pipe, folder, steps, flag="--steps", strength=1.0):
-    """The arguments of a student's call for `steps` network evaluations, of the last `strength` of its schedule.
-    ValueError: more than it was trained for."""
+    """The arguments of a student's call for `steps` network evaluations, of the last `strength` of
+    its schedule. ValueError: more than it was trained for."""
     trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
     if trained and steps > trained:
         raise ValueError(f"{flag} {steps}: this student was trained for 1…{trained} steps")
     asked, steps = steps, schedule_length(steps, strength)
     if trained and steps > trained:
         raise ValueError(
-            f"--strength {strength:g}: this student has {trained} timesteps, of which that leaves {int(trained * strength)}, fewer "
-            f"than {flag} {asked}; use a strength of at least {asked / trained:g}"
+            f"--strength {strength:g}: this student has {trained} timesteps, of which that leaves "
+            f"{int(trained * strength)}, fewer than {flag} {asked}; use a strength of at least "
+            f"{asked / trained:g}"
         )
     custom = timesteps_of(folder, steps)
-    return ({"timesteps": custom} if custom else {"num_inference_steps": steps}) | {"guidance_scale": 0.0}
+    return ({"timesteps": custom} if custom else {"num_inference_steps": steps}) | {
+        "guidance_scale": 0.0
+    }
 
 
 def sample(arguments):
@@ -108,10 +134,14 @@ def sample(arguments):
     if not prompts:
         raise ValueError("--prompt: none given; give one, or a file of them with --prompts")
     if arguments.steps < 1 or arguments.count < 1:
-        raise ValueError(f"--steps {arguments.steps}, --count {arguments.count}: must be at least 1")
+        raise ValueError(
+            f"--steps {arguments.steps}, --count {arguments.count}: must be at least 1"
+        )
     if not 0 < arguments.strength <= 1:
         raise ValueError(f"--strength {arguments.strength}: must be within (0, 1]")
-    pipe = place(AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image, arguments)
+    pipe = place(
+        AutoPipelineForImage2Image if arguments.image else AutoPipelineForText2Image, arguments
+    )
     strength = arguments.strength if arguments.image else 1.0
     call = call_of(pipe, arguments.pipeline, arguments.steps, strength=strength)
     if arguments.image:
@@ -131,7 +161,12 @@ def sample(arguments):
                 picture = pipe(prompt, generator=generator, **call).images[0]
                 paths.append(arguments.out / f"{number:04d}.png")
                 picture.save(paths[-1])
-                record = {"file_name": paths[-1].name, "text": prompt, "seed": arguments.seed + number, "steps": arguments.steps}
+                record = {
+                    "file_name": paths[-1].name,
+                    "text": prompt,
+                    "seed": arguments.seed + number,
+                    "steps": arguments.steps,
+                }
                 metadata.write(json.dumps(record, ensure_ascii=False) + "\n")
     return paths
 

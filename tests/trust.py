@@ -1,4 +1,4 @@
-"""What tests of long runs share: what is equal to the bit, files that bite, kills, small disks, flags."""
+"""What tests of long runs share: equal to the bit, files that bite, kills, small disks, flags."""
 
 import contextlib
 import shutil

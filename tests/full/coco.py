@@ -14,7 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from full.backbones import Backbone
 from full.export import save_pipeline
 from full.settings import Settings
-from full.study import evaluate
+from full.study import evaluate, metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL_LOAD_FID = evaluate.load_fid
@@ -52,7 +52,7 @@ def write_coco(folder, ids=IDS):
 
 
 def write_captions(folder, images, annotations):
-    (folder / evaluate.CAPTIONS).write_text(
+    (folder / metrics.CAPTIONS).write_text(
         json.dumps({"images": images, "annotations": annotations})
     )
 
@@ -67,8 +67,18 @@ def write_student(folder, base, **settings):
 
 def arguments(world, out, **changes):
     """A command line; values None leave a flag out."""
-    given = dict(pipeline=world / "student", teacher=world / "sd15", coco=world / "coco", clip=world / "clip", out=out,
-                 images=N, teacher_steps="3,2", batch=3, timed=1, device="cpu")  # fmt: skip
+    given = dict(
+        pipeline=world / "student",
+        teacher=world / "sd15",
+        coco=world / "coco",
+        clip=world / "clip",
+        out=out,
+        images=N,
+        teacher_steps="3,2",
+        batch=3,
+        timed=1,
+        device="cpu",
+    )
     pairs = [
         (f"--{k.replace('_', '-')}", str(v)) for k, v in (given | changes).items() if v is not None
     ]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,12 +13,24 @@ from accelerate.state import AcceleratorState
 from coco import load_fid, write_coco, write_student
 from coco import run as evaluate_into
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from plans import forbid_network, settings
 from runs import FIVE, train
 
 from full import run
 from full.plan import plan
 from full.study import evaluate
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +76,8 @@ def bare(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def planned(bare):
-    """planned(gpus, setting=value …): a Plan of the tiny checkpoint, measured once for each precision."""
+    """planned(gpus, setting=value …): a Plan of the tiny checkpoint, measured once for each
+    precision."""
     made = {}
 
     def make(gpus=8, precision="fp32", **more):
@@ -146,3 +160,33 @@ def done(world, tmp_path_factory):
 def copied(done, tmp_path):
     """A copy of it that may be written to."""
     return shutil.copytree(done[0], tmp_path / "out")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two models, five prompts; an image's colour tells its model."""
+    for model, colour in (("ours", (200, 0, 0)), ("theirs", (0, 0, 200))):
+        folder = tmp_path / model
+        folder.mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8), colour).save(folder / f"{i:04d}.png")
+        lines = [
+            json.dumps({"file_name": f"{i:04d}.png", "text": f"<b>prompt {i}</b>"})
+            for i in range(5)
+        ]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return [f"{model}={tmp_path / model}" for model in ("ours", "theirs")]
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, (
+        f"none of {', '.join(NAMES)} is on the PATH; install one (Debian: apt-get install chromium)"
+    )
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield running
+        running.close()

@@ -1,6 +1,7 @@
-"""full/run.py whose process RANK gets images that are no numbers (WHAT = images) in its AT-th iteration, or cannot write
-its part of the AT-th checkpoint (WHAT = disk): run by test_full_processes.py under torchrun. Arguments: WHAT RANK AT, then
-full/run.py's flags. Each process leaves its exit code in OUT/exit_RANK."""
+"""full/run.py whose process RANK gets images that are no numbers (WHAT = images) in its AT-th
+iteration, or cannot write its part of the AT-th checkpoint (WHAT = disk): run by
+test_full_processes.py under torchrun. Arguments: WHAT RANK AT, then full/run.py's flags. Each
+process leaves its exit code in OUT/exit_RANK."""
 
 import os
 import sys

@@ -1,7 +1,9 @@
-"""A few iterations of full/train.py's Trainer with draws and data that do not depend on how a batch is divided: run by
-test_full_distributed.py, alone or under torchrun. Arguments: MODE OUT, then full/run.py's flags.
+"""A few iterations of full/train.py's Trainer with draws and data that do not depend on how a batch
+is divided: run by test_full_distributed.py, alone or under torchrun. Arguments: MODE OUT, then
+full/run.py's flags.
 
-MODE is whole (one process, 16 images), accumulate (twice 8), ddp or fsdp (two processes with 8 each).
+MODE is whole (one process, 16 images), accumulate (twice 8), ddp or fsdp (two processes with 8
+each).
 """
 
 import sys
@@ -22,7 +24,8 @@ TOTAL, ITERATIONS = 16, 3
 
 
 class Tape:
-    """Stands in for torch inside add.py: every draw is made for all 16 samples, and the caller gets its rows."""
+    """Stands in for torch inside add.py: every draw is made for all 16 samples, and the caller gets
+    its rows."""
 
     rows, iteration, count = slice(0, TOTAL), 0, 0
 
@@ -58,9 +61,12 @@ def raw_batch(iteration, rows):
 def shard_on_cpu(accelerator):
     """accelerate never chooses FSDP on CPUs: make it believe that it has."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
-        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"], state_dict_type="FULL_STATE_DICT",
-    )  # fmt: skip
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"],
+        state_dict_type="FULL_STATE_DICT",
+    )
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.distributed_type = DistributedType.FSDP
@@ -68,7 +74,8 @@ def shard_on_cpu(accelerator):
 
 
 def watch_types(trainer):
-    """{what: types} of the student's activations, of ε as it leaves, and of gradients that FSDP2 averages, from now on."""
+    """{what: types} of the student's activations, of ε as it leaves, and of gradients that FSDP2
+    averages, from now on."""
     types = {"activations": set(), "epsilon": set(), "averaged": set()}
     unet = getattr(trainer.network, "module", trainer.network).unet  # within DDP, or not
     unet.mid_block.register_forward_hook(lambda module, _, out: types["activations"].add(out.dtype))
@@ -114,7 +121,9 @@ def main(mode, out, *flags):
         log, half = trainer.iteration(batches)
         if (
             iteration == 0
-        ):  # drawing with the average, here one far from the weights, must leave no trace in what follows
+            # Drawing with the average, here one far from the weights, must leave no trace in what
+            # follows.
+        ):
             with torch.no_grad():
                 for shadow in trainer.ema.shadows:
                     shadow.mul_(1.5)

@@ -10,9 +10,18 @@ from full.settings import Settings
 
 def settings(root, backbone="sd15", **more):
     values = dict(
-        backbone=str(root / backbone), features=str(root / "dino"), c_img=str(root / "dino-large"), resolution=64,
-        c_text=str(root / "clip"), batch=2, precision="fp32", data=str(root / "images"), workers=0, tracker="none", features_crop=0.0,
-    )  # fmt: skip
+        backbone=str(root / backbone),
+        features=str(root / "dino"),
+        c_img=str(root / "dino-large"),
+        resolution=64,
+        c_text=str(root / "clip"),
+        batch=2,
+        precision="fp32",
+        data=str(root / "images"),
+        workers=0,
+        tracker="none",
+        features_crop=0.0,
+    )
     return Settings(**(values | more))
 
 

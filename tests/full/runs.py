@@ -20,10 +20,22 @@ FIVE = dict(steps=5, batch=2, accumulate=2, save_every=2, random_crop="true", fl
 def flags(root, out, backbone="sd15", **settings):
     """The command line of a short run; values None leave a flag out."""
     defaults = dict(
-        backbone=root / backbone, features=root / "dino", c_img=root / "dino-large", c_text=root / "clip",
-        data=root / "images", resolution=64, batch=4, steps=2, precision="fp32", workers=0, validate_every=0, log_every=1,
-        save_dtype="fp32", tracker="none", student_lr=1e-3,
-    )  # fmt: skip
+        backbone=root / backbone,
+        features=root / "dino",
+        c_img=root / "dino-large",
+        c_text=root / "clip",
+        data=root / "images",
+        resolution=64,
+        batch=4,
+        steps=2,
+        precision="fp32",
+        workers=0,
+        validate_every=0,
+        log_every=1,
+        save_dtype="fp32",
+        tracker="none",
+        student_lr=1e-3,
+    )
     pairs = [
         (f"--{k.replace('_', '-')}", str(v))
         for k, v in (defaults | settings).items()
@@ -83,9 +95,14 @@ def launch(processes, *arguments, own_group=False, script=ROOT / "full" / "run.p
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.Popen(
-        [*command, script, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=own_group,
-    )  # fmt: skip
+        [*command, script, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=own_group,
+    )
 
 
 def finish(process):

@@ -1,10 +1,10 @@
-"""full/demo.py and toy/demo.py in headless Chromium: what is chosen is drawn, at once and the same every time."""
+"""full/demo.py and toy/demo.py in headless Chromium: what is chosen is drawn, at once and the same
+every time."""
 
 import re
 
 import pytest
 import tiny_checkpoints as tiny
-from test_full_vote_browser import browser  # noqa: F401  (a fixture)
 
 from full import demo as full_demo
 from toy import demo as toy_demo
@@ -31,7 +31,8 @@ def open_page(browser):  # noqa: F811
 
 
 def drawn(page, number=0, but=None):
-    """The address of an image that was drawn, as soon as it is another than `but`: gradio names files by what is in them."""
+    """The address of an image that was drawn, as soon as it is another than `but`: gradio names
+    files by what is in them."""
     images = page.locator('img[src^="http"]')
     for _ in range(600):
         sources = [image.get_attribute("src") for image in images.all()]

@@ -1,5 +1,5 @@
-"""full/backbones.py against diffusers: our forward process, estimates, sampler and rescaled schedule against its own
-schedulers, our conditions and latents against its pipelines'."""
+"""full/backbones.py against diffusers: our forward process, estimates, sampler and rescaled
+schedule against its own schedulers, our conditions and latents against its pipelines'."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def cond_of(backbone, n):
     return backbone.with_sizes(backbone.text([f"number {i}" for i in range(n)]), sizes)
 
 
-def draw(seed, n=len(T)):
+def draw(seed, n=7):  # as many as T has
     return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,7 +55,8 @@ def test_the_forward_process_is_add_noise(backbone, teacher):
 
 
 def test_the_estimate_of_x_0_is_the_schedulers(backbone, teacher):
-    """DDPMScheduler.step's pred_original_sample, from the same U-Net's output, at every one of T."""
+    """DDPMScheduler.step's pred_original_sample, from the same U-Net's output, at every one of
+    T."""
     cond, x_t, scheduler = (
         cond_of(backbone, len(T)),
         draw(2),
@@ -163,11 +164,18 @@ def test_latents_are_shared_with_a_copy_and_with_no_other(backbone, tmp_path):
 
 
 def test_random_weights_are_a_checkpoint_of_the_sizes_named(tmp_path, monkeypatch):
-    """The real sizes take gigabytes: small ones stand in for them, and the loading code is the real one."""
+    """The real sizes take gigabytes: small ones stand in for them, and the loading code is the real
+    one."""
     tiny_unet = dict(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     vit = Dinov2Config(
         hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14
     )

@@ -1,4 +1,5 @@
-"""full/data.py: three sources, one stream; split, shuffled, resumable to the sample; what is broken is counted."""
+"""full/data.py: three sources, one stream; split, shuffled, resumable to the sample; what is broken
+is counted."""
 
 import io
 import json
@@ -178,10 +179,10 @@ def test_a_folder_without_data_is_refused(tmp_path, make, message):
 
 
 def test_nothing_usable_and_too_few_shards_are_refused(shards):
-    with pytest.raises(
-        data.DataError,
-        match=r"not one usable sample, 0 of them unreadable; the last: 40×48 is smaller than --min-size 99",
-    ):
+    words = (
+        "not one usable sample, 0 of them unreadable; the last: 40×48 is smaller than --min-size 99"
+    )
+    with pytest.raises(data.DataError, match=words):
         next(iter(data.make_loader(settings(shards, min_size=99))))
     with pytest.raises(data.DataError, match="4 shards for 5 reading processes"):
         next(iter(data.make_loader(settings(shards), 0, 5)))
@@ -287,7 +288,8 @@ def test_a_skipped_sample_is_named_by_file_row_or_key(tmp_path, capsys, monkeypa
 
 
 def test_a_mirrored_image_tells_where_it_is_cropped_in_its_mirror(tmp_path):
-    """Pixel columns are numbered by their red: the crop's first one is where the condition says, mirrored or not."""
+    """Pixel columns are numbered by their red: the crop's first one is where the condition says,
+    mirrored or not."""
     picture, file, mirrored = Image.new("RGB", (80, 32)), io.BytesIO(), set()
     picture.putdata([(3 * x, 0, 0) for _ in range(32) for x in range(80)])
     picture.save(file, "PNG")

@@ -1,4 +1,5 @@
-"""How a batch is divided does not matter: gradient accumulation, two processes (DDP), a sharded student (FSDP2)."""
+"""How a batch is divided does not matter: gradient accumulation, two processes (DDP), a sharded
+student (FSDP2)."""
 
 import os
 import subprocess
@@ -37,6 +38,11 @@ def launch(mode, root, out, precision):
     return torch.load(out / "state.pt", weights_only=True)
 
 
+def distance(a, b):
+    """The norm of a - b, over tensors of the same names."""
+    return torch.cat([(a[name] - b[name]).flatten() for name in a]).norm()
+
+
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def whole(checkpoints, tmp_path_factory, request):
     """(precision, what one process with the whole batch trained)."""
@@ -61,10 +67,10 @@ def test_a_divided_batch_trains_as_the_whole_one(checkpoints, tmp_path, whole, m
     before = load_file(checkpoints / "sd15" / "unet" / "diffusion_pytorch_model.safetensors")
     for part in ("network", "average"):
         assert state[part].keys() == expected[part].keys()
-        moved, apart = (torch.cat([f(name, x).flatten() for name, x in expected[part].items()]).norm() for f in (
-            lambda name, x: x - before[name.removeprefix("unet.")], lambda name, x: state[part][name] - x,
-        ))  # fmt: skip
-        # Autocast leaves norms in float32, FSDP2's policy does not: the gradients of this tiny network tell.
+        start = {name: before[name.removeprefix("unet.")] for name in expected[part]}
+        moved, apart = distance(expected[part], start), distance(expected[part], state[part])
+        # Autocast leaves norms in float32, FSDP2's policy does not: the gradients of this tiny
+        # network tell.
         bound = 1e-3 if precision == "fp32" else 0.3 if mode == "fsdp" else 0.05
         assert 0 < apart < bound * moved, (part, apart / moved)
     for name, x in expected["heads"].items():
@@ -84,9 +90,14 @@ def test_the_launch_configurations_are_ones_that_accelerate_reads():
     files = sorted((ROOT / "full" / "configs").glob("*.yaml"))
     assert len(files) == 4
     found = {file.stem: load_config_from_file(str(file)) for file in files}
-    assert {k: (c.distributed_type.value, c.num_machines, c.num_processes) for k, c in found.items()} == {
-        "one-gpu": ("NO", 1, 1), "eight-gpus": ("MULTI_GPU", 1, 8), "eight-gpus-fsdp2": ("FSDP", 1, 8), "two-nodes": ("MULTI_GPU", 2, 16),
-    }  # fmt: skip
+    assert {
+        k: (c.distributed_type.value, c.num_machines, c.num_processes) for k, c in found.items()
+    } == {
+        "one-gpu": ("NO", 1, 1),
+        "eight-gpus": ("MULTI_GPU", 1, 8),
+        "eight-gpus-fsdp2": ("FSDP", 1, 8),
+        "two-nodes": ("MULTI_GPU", 2, 16),
+    }
     assert all(c.mixed_precision == "bf16" for c in found.values())
     fsdp = found["eight-gpus-fsdp2"].fsdp_config
     assert (

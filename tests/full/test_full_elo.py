@@ -1,4 +1,5 @@
-"""full/elo.py against games computed by hand, and against the ratings that Bradley and Terry would give."""
+"""full/elo.py against games computed by hand, and against the ratings that Bradley and Terry would
+give."""
 
 import math
 import random
@@ -12,7 +13,8 @@ HEADER = "study,voter,prompt,left,right,choice,check\n"
 
 
 def test_three_games_by_hand():
-    """a beats b: 1000 ± 0.5. b draws with c: b expects 1/(1 + 10^(0.5/400)) = 0.499280. c loses to a."""
+    """a beats b: 1000 ± 0.5. b draws with c: b expects 1/(1 + 10^(0.5/400)) = 0.499280. c loses to
+    a."""
     games = [Game("q", "a", "b", 1.0), Game("q", "b", "c", 0.5), Game("q", "c", "a", 0.0)]
     b = 999.5 + 0.5 - 1 / (1 + 10 ** (0.5 / 400))
     c = 1000 - (0.5 - 1 / (1 + 10 ** (0.5 / 400)))
@@ -29,7 +31,8 @@ def test_k_scales_a_game_and_the_order_matters():
 
 
 def test_many_games_come_to_the_bradley_terry_ratings():
-    """Strengths 3 : 1 : 1/2, so that a wins 3/4 of its games against b: apart by 400 log10 of the ratio."""
+    """Strengths 3 : 1 : 1/2, so that a wins 3/4 of its games against b: apart by 400 log10 of the
+    ratio."""
     strength, draw = {"a": 3.0, "b": 1.0, "c": 0.5}, random.Random(0)
     games = []
     for _ in range(12_000):

@@ -20,7 +20,7 @@ from diffusers import AutoPipelineForText2Image, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import nn
 
-from full.study import evaluate
+from full.study import evaluate, metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
@@ -28,11 +28,11 @@ pytestmark = [
 ]
 
 
-# Captions ------------------------------------------------------------------------------------------------------------
+# Captions -----------------------------------------------------------------------------------------
 
 
 def test_captions_are_those_of_the_lowest_id_in_the_order_of_the_images_ids(world, tmp_path):
-    samples, digest = evaluate.read_coco(world / "coco", N, 30)
+    samples, digest = metrics.read_coco(world / "coco", N, 30)
     assert [s.caption for s in samples] == [f"colours of {i}" for i in (3, 7, 9, 15, 21)]
     assert [s.file.name for s in samples] == [f"{i:012d}.jpg" for i in (3, 7, 9, 15, 21)]
     assert [s.name for s in samples][0] == "000000000003.png" and [s.seed for s in samples] == [
@@ -44,28 +44,28 @@ def test_captions_are_those_of_the_lowest_id_in_the_order_of_the_images_ids(worl
     ]
 
     folder = shutil.copytree(world / "coco", tmp_path / "coco")
-    content = json.loads((folder / evaluate.CAPTIONS).read_text())
+    content = json.loads((folder / metrics.CAPTIONS).read_text())
     for part in content.values():
         random.Random(0).shuffle(part)
-    (folder / evaluate.CAPTIONS).write_text(json.dumps(content))
-    again = evaluate.read_coco(folder, 3, 30)
+    (folder / metrics.CAPTIONS).write_text(json.dumps(content))
+    again = metrics.read_coco(folder, 3, 30)
     assert [s.caption for s in again[0]] == [s.caption for s in samples[:3]] and again[1] == digest
 
 
 def test_images_without_a_caption_or_a_file_are_not_counted(world, tmp_path):
     folder = shutil.copytree(world / "coco", tmp_path / "coco")
-    content = json.loads((folder / evaluate.CAPTIONS).read_text())
+    content = json.loads((folder / metrics.CAPTIONS).read_text())
     write_captions(
         folder, content["images"], [a for a in content["annotations"] if a["image_id"] != 7]
     )
     (folder / "val2017" / f"{15:012d}.jpg").unlink()
-    samples, _ = evaluate.read_coco(folder, 4, 0)
+    samples, _ = metrics.read_coco(folder, 4, 0)
     assert [s.caption for s in samples] == [f"colours of {i}" for i in (3, 9, 21, 400)]
     with pytest.raises(ValueError, match="--images 5: .* has 4 with captions"):
-        evaluate.read_coco(folder, 5, 0)
+        metrics.read_coco(folder, 5, 0)
 
 
-# Metrics -------------------------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
 
 
 def cropped(path, size=64):
@@ -76,7 +76,8 @@ def cropped(path, size=64):
 
 
 def frechet(x, y):
-    """‖μ_x − μ_y‖² + tr A + tr B − 2 tr (AB)^½ in two dimensions, where tr M^½ = √(tr M + 2 √det M)."""
+    """‖μ_x − μ_y‖² + tr A + tr B − 2 tr (AB)^½ in two dimensions, where tr M^½ = √(tr M + 2 √det
+    M)."""
     a, b = np.cov(x.T), np.cov(y.T)
     root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(max(0, np.linalg.det(a @ b))))
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
@@ -100,13 +101,13 @@ def test_fid_is_the_closed_form_against_centre_cropped_coco(world, done):
 
 
 def test_fid_of_a_set_against_itself_is_0_and_made_lighter_the_shift_squared(world, tmp_path):
-    samples, _ = evaluate.read_coco(world / "coco", N, 0)
+    samples, _ = metrics.read_coco(world / "coco", N, 0)
     images = {s.name: np.minimum(np.asarray(cropped(s.file)), 245) for s in samples}
 
     def measure(shift):
         for name, image in images.items():
             Image.fromarray(image + np.uint8(shift)).save(tmp_path / name)
-        return evaluate.measure(
+        return metrics.measure(
             fid, lambda images, captions: torch.zeros(len(images)), tmp_path, samples, 2
         )["fid"]
 
@@ -145,7 +146,8 @@ def test_clip_score_is_100_times_the_mean_cosine(world, done):
 
 
 def test_the_real_inception_reads_weights_from_a_file(world, tmp_path, monkeypatch):
-    """Random weights, two images against two: the distance of the network's own features by another formula."""
+    """Random weights, two images against two: the distance of the network's own features by another
+    formula."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     with monkeypatch.context() as patch:
@@ -158,19 +160,19 @@ def test_the_real_inception_reads_weights_from_a_file(world, tmp_path, monkeypat
             nn.init.kaiming_normal_(p, nonlinearity="relu")
     torch.save(network.state_dict(), tmp_path / "inception.pth")
 
-    samples, _ = evaluate.read_coco(world / "coco", 2, 0)
+    samples, _ = metrics.read_coco(world / "coco", 2, 0)
     for s in samples:
         Image.fromarray(pixels(s.file).clip(0, 100).astype(np.uint8)).resize((64, 64)).save(
             tmp_path / s.name
         )
     fid = REAL_LOAD_FID(str(tmp_path / "inception.pth"))
-    evaluate.add_real(fid, samples, 64, 2)
-    found = evaluate.measure(fid, lambda images, captions: torch.zeros(2), tmp_path, samples, 2)[
-        "fid"
-    ]
-    stack = lambda images: torch.stack(
-        [torch.tensor(np.asarray(i)).permute(2, 0, 1) for i in images]
-    )  # noqa: E731
+    metrics.add_real(fid, samples, 64, 2)
+    no_clip = lambda images, captions: torch.zeros(2)  # noqa: E731
+    found = metrics.measure(fid, no_clip, tmp_path, samples, 2)["fid"]
+
+    def stack(images):
+        return torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) for i in images])
+
     x = network(stack([cropped(s.file) for s in samples]))[0].double()
     y = network(stack([Image.open(tmp_path / s.name) for s in samples]))[0].double()
     a, b = (z - z.mean(0) for z in (x, y))
@@ -183,7 +185,7 @@ def test_the_real_inception_reads_weights_from_a_file(world, tmp_path, monkeypat
     assert found == pytest.approx(float(expected), rel=1e-3) and expected > 0.01
 
 
-# Drawing -------------------------------------------------------------------------------------------------------------
+# Drawing ------------------------------------------------------------------------------------------
 
 
 def test_the_teacher_draws_with_dpm_solver_and_guidance_the_student_without(world, done):
@@ -191,9 +193,13 @@ def test_the_teacher_draws_with_dpm_solver_and_guidance_the_student_without(worl
     captions = [f"colours of {i}" for i in (3, 7, 9, 15, 21)]
     teacher = AutoPipelineForText2Image.from_pretrained(world / "sd15", dtype=torch.float32)
     teacher.scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", algorithm_type="dpmsolver++", solver_order=2,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
         timestep_spacing="linspace",
-    )  # fmt: skip
+    )
     student = AutoPipelineForText2Image.from_pretrained(world / "student", dtype=torch.float32)
     calls = {
         "teacher-3": (teacher, {"num_inference_steps": 3, "guidance_scale": 7.5}),

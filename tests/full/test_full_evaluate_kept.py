@@ -14,7 +14,7 @@ from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from torch import nn
 
-from full.study import evaluate, vote
+from full.study import evaluate, metrics, report, vote
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-# What is kept --------------------------------------------------------------------------------------------------------
+# What is kept -------------------------------------------------------------------------------------
 
 
 def test_a_second_run_draws_only_what_is_missing(world, copied, unet_calls):
@@ -61,10 +61,10 @@ def test_what_other_settings_drew_is_drawn_again(world, copied, tmp_path, change
         changes["resolution"] = 72
     if change == "captions":
         changes["coco"] = folder = shutil.copytree(world / "coco", tmp_path / "coco")
-        content = json.loads((folder / evaluate.CAPTIONS).read_text())
+        content = json.loads((folder / metrics.CAPTIONS).read_text())
         for a in content["annotations"]:
             a["caption"] = a["caption"].upper() + "!"
-        (folder / evaluate.CAPTIONS).write_text(json.dumps(content))
+        (folder / metrics.CAPTIONS).write_text(json.dumps(content))
     if change == "weights":  # the same folder, trained on
         changes["pipeline"], kept = world / "student", {"teacher-3", "teacher-2"}
         shutil.move(world / "student", tmp_path / "student")
@@ -120,7 +120,7 @@ def test_a_folder_of_other_files_is_left_alone(world, tmp_path, capsys):
     assert (tmp_path / "teacher-3" / "mine.png").read_bytes() == b"mine"
 
 
-# The result ----------------------------------------------------------------------------------------------------------
+# The result ---------------------------------------------------------------------------------------
 
 
 def test_the_report_has_the_rows_in_order_and_says_how_they_came_about(world, done):
@@ -141,11 +141,17 @@ def test_the_report_has_the_rows_in_order_and_says_how_they_came_about(world, do
         assert 0 < row["seconds"] < 10
     assert lines[top + 7] == "" and f"# {world / 'student'} beside {world / 'sd15'}" == lines[0]
     for words in (
-        "- 5 images a row, 64×64, seeds 0 to 4", "median of 1 calls at batch 1", "float32 on cpu",
-        f"commit {result['commit']}", f"{world / 'clip'}, float32", "with 5 the covariances are singular",
-        "paper's own numbers, for reference, not measured here", "| ADD-M | 1 | 19.7 | 32.6 | 0.09 |",
-        "torchmetrics 1.", "diffusers 0.",
-    ):  # fmt: skip
+        "- 5 images a row, 64×64, seeds 0 to 4",
+        "median of 1 calls at batch 1",
+        "float32 on cpu",
+        f"commit {result['commit']}",
+        f"{world / 'clip'}, float32",
+        "with 5 the covariances are singular",
+        "paper's own numbers, for reference, not measured here",
+        "| ADD-M | 1 | 19.7 | 32.6 | 0.09 |",
+        "torchmetrics 1.",
+        "diffusers 0.",
+    ):
         assert words in text, words
     assert result["settings"]["images"] == N and result["settings"]["teacher_steps"] == [3, 2]
 
@@ -153,7 +159,7 @@ def test_the_report_has_the_rows_in_order_and_says_how_they_came_about(world, do
 def test_a_report_of_2048_images_does_not_warn(done):
     _, result = done
     for n, warned in ((2047, True), (2048, False)):
-        text = "\n".join(evaluate.report(result | {"settings": result["settings"] | {"images": n}}))
+        text = "\n".join(report.report(result | {"settings": result["settings"] | {"images": n}}))
         assert ("Fewer images" in text) == warned
 
 
@@ -163,7 +169,7 @@ def test_the_plot_shows_every_row(done, tmp_path, monkeypatch):
     _, result = done
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    evaluate.plot(result, tmp_path / "plot.png")
+    report.plot(result, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (1200, 480)
     for axis, key in zip(figures[0].axes, ("fid", "clip"), strict=True):
         assert axis.get_xscale() == "log"
@@ -204,13 +210,13 @@ def test_the_images_can_be_voted_on(done):
     assert prompts == {f"{i:012d}.png": f"colours of {i}" for i in (3, 7, 9, 15, 21)}
 
 
-# Mistakes ------------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 
 def coco_with(text):
     def write(world, folder):
         shutil.copytree(world / "coco", folder / "coco")
-        path = folder / "coco" / evaluate.CAPTIONS
+        path = folder / "coco" / metrics.CAPTIONS
         path.unlink() if text is None else path.write_text(text)
         return {"coco": folder / "coco"}
 
@@ -232,17 +238,41 @@ def clip_without_weights(world, folder):
 MISTAKES = {
     "no pipeline": ({"pipeline": None}, ["--pipeline: none given", "full/run.py"]),
     "no coco": ({"coco": None}, ["--coco: none given", "COCO's folder"]),
-    "pipeline": ({"pipeline": "/nowhere"}, ["--pipeline /nowhere: cannot be loaded, as a pipeline folder"]),
-    "teacher": ({"teacher": "/nowhere"}, ["--teacher /nowhere: cannot be loaded, as a pipeline folder"]),
+    "pipeline": (
+        {"pipeline": "/nowhere"},
+        ["--pipeline /nowhere: cannot be loaded, as a pipeline folder"],
+    ),
+    "teacher": (
+        {"teacher": "/nowhere"},
+        ["--teacher /nowhere: cannot be loaded, as a pipeline folder"],
+    ),
     "coco's folder": ({"coco": "/nowhere"}, ["--coco /nowhere: has no val2017", "name a folder"]),
-    "no captions": (coco_with(None), ["--coco", "has no annotations/captions_val2017.json", "name a folder"]),
-    "not JSON": (coco_with("hello"), ["--coco", "is not COCO's captions (JSONDecodeError", "unpack it again"]),
-    "other JSON": (coco_with('{"images": []}'), ["--coco", "is not COCO's captions (KeyError: 'annotations'"]),
-    "odd JSON": (coco_with('{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": 3}]}'), ["not COCO's"]),
-    "a broken image": (broken_image, ["--coco", "000000000009.jpg cannot be read", "unpack it again"]),
+    "no captions": (
+        coco_with(None),
+        ["--coco", "has no annotations/captions_val2017.json", "name a folder"],
+    ),
+    "not JSON": (
+        coco_with("hello"),
+        ["--coco", "is not COCO's captions (JSONDecodeError", "unpack it again"],
+    ),
+    "other JSON": (
+        coco_with('{"images": []}'),
+        ["--coco", "is not COCO's captions (KeyError: 'annotations'"],
+    ),
+    "odd JSON": (
+        coco_with('{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": 3}]}'),
+        ["not COCO's"],
+    ),
+    "a broken image": (
+        broken_image,
+        ["--coco", "000000000009.jpg cannot be read", "unpack it again"],
+    ),
     "more images": ({"images": 7}, ["--images 7:", "has 6 with captions", "ask for fewer"]),
     "too few images": ({"images": 1}, ["--images 1: must be at least 2"]),
-    "student's steps": ({"student_steps": "1,5"}, ["--student-steps 5: this student was trained for 1…4 steps"]),
+    "student's steps": (
+        {"student_steps": "1,5"},
+        ["--student-steps 5: this student was trained for 1…4 steps"],
+    ),
     "0 steps": ({"student_steps": "1,0"}, ["--student-steps (1, 0): must be at least 1"]),
     "no steps": ({"teacher_steps": ""}, ["--teacher-steps (): must be at least 1"]),
     "guidance": ({"teacher_guidance": 0}, ["--teacher-guidance 0.0: must be at least 1"]),
@@ -252,11 +282,23 @@ MISTAKES = {
     "timed": ({"timed": 0}, ["--timed 0: must be at least 1"]),
     "dtype": ({"dtype": "fp8"}, ["--dtype fp8: unknown; choose one of auto, fp16"]),
     "device": ({"device": "abacus"}, ["--device abacus: is not there", "cpu"]),
-    "clip": ({"clip": "/nowhere"}, ["--clip /nowhere: neither an open_clip MODEL/WEIGHTS", "name the folder"]),
-    "clip's name alone": ({"clip": "ViT-g-14"}, ["--clip ViT-g-14: neither", "Directory", "not found"]),
-    "clip's weights": ({"clip": "ViT-g-14/nonsense"}, ["--clip ViT-g-14/nonsense: neither", "not a known tag"]),
-    "clip without weights": (clip_without_weights, ["--clip", "Required pretrained weights", "name the folder"]),
-}  # fmt: skip
+    "clip": (
+        {"clip": "/nowhere"},
+        ["--clip /nowhere: neither an open_clip MODEL/WEIGHTS", "name the folder"],
+    ),
+    "clip's name alone": (
+        {"clip": "ViT-g-14"},
+        ["--clip ViT-g-14: neither", "Directory", "not found"],
+    ),
+    "clip's weights": (
+        {"clip": "ViT-g-14/nonsense"},
+        ["--clip ViT-g-14/nonsense: neither", "not a known tag"],
+    ),
+    "clip without weights": (
+        clip_without_weights,
+        ["--clip", "Required pretrained weights", "name the folder"],
+    ),
+}
 
 
 @pytest.mark.parametrize("change, words", MISTAKES.values(), ids=MISTAKES)

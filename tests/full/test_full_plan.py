@@ -10,12 +10,13 @@ from full.plan.architectures import MetaBackbone
 from full.plan.dry_run import STUDENT
 from full.settings import Settings
 
-# Time ----------------------------------------------------------------------------------------------------------------
+# Time ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def by_hand():
-    """A Plan of round numbers: 4e12 operations an image forward, 8e12 backward, 10e12 for the rest."""
+    """A Plan of round numbers: 4e12 operations an image forward, 8e12 backward, 10e12 for the
+    rest."""
     it = plan.Plan.__new__(plan.Plan)
     it.settings, it.gpus, it.width, it.batches = Settings(batch=2), 4, 2, (2, 4)
     it.gpu = plan.Gpu(memory=10e9, bf16=100e12, link=100e9)
@@ -34,7 +35,8 @@ def test_arithmetic_takes_operations_over_rate(by_hand):
 
 
 def test_communication_by_hand(by_hand):
-    # DDP: a ring's sum sends 2 × 3/4 of 4 GB at 75 GB/s. FSDP2: two gathers and a scatter, each 3/4 of 2 GB.
+    # DDP: a ring's sum sends 2 × 3/4 of 4 GB at 75 GB/s. FSDP2: two gathers and a scatter, each 3/4
+    # of 2 GB.
     assert by_hand.communication("DDP") == pytest.approx((2 * 0.75 * 4 / 75, 2 * 0.75 * 0.012 / 75))
     assert by_hand.communication("FSDP2")[0] == pytest.approx(3 * 0.75 * 2 / 75)
     by_hand.settings = Settings(batch=2, accumulate=3)
@@ -73,7 +75,7 @@ def test_days_and_gpu_hours(by_hand):
     assert float(times["images/s, all GPUs"]) == pytest.approx(2 * 4 / step, abs=0.05)
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_the_plan_of_sd15(sd15):

@@ -19,7 +19,7 @@ from full.plan.dry_run import HEADS, STEP, STUDENT, DryRun, Meter
 from full.settings import Settings
 from full.train import Trainer
 
-# Memory --------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 def test_the_meter_counts_bytes_while_they_live():
@@ -52,10 +52,18 @@ def test_short_cuts_give_the_shapes_that_torch_gives():
     calls = {
         aten.addmm.default: (new(5), new(3, 4), new(4, 5)),
         aten.native_layer_norm.default: (tokens[0], [8], w, w, 1e-5),
-        aten.native_layer_norm_backward.default: (*tokens, [8], new(2, 3, 1), new(2, 3, 1), w, w, mask),
+        aten.native_layer_norm_backward.default: (
+            *tokens,
+            [8],
+            new(2, 3, 1),
+            new(2, 3, 1),
+            w,
+            w,
+            mask,
+        ),
         aten.native_group_norm.default: (maps[0], w, w, 2, 8, 9, 4, 1e-5),
         aten.native_group_norm_backward.default: (*maps, new(2, 4), new(2, 4), w, 2, 8, 9, 4, mask),
-    }  # fmt: skip
+    }
     assert calls.keys() == dry_run.SHAPES.keys()
     size = lambda x: x if x is None else (x.shape, x.untyped_storage().nbytes())  # noqa: E731
     for function, arguments in calls.items():
@@ -68,7 +76,8 @@ def test_short_cuts_give_the_shapes_that_torch_gives():
 
 @pytest.mark.parametrize("variant", ["whole", "checkpointed", "frozen in part"])
 def test_autocast_holds_what_torch_holds_on_cuda(bare, variant):
-    """torch's own autocast, on tensors that claim to be on a GPU: forward's peak, what it leaves, its operations."""
+    """torch's own autocast, on tensors that claim to be on a GPU: forward's peak, what it leaves,
+    its operations."""
     config = UNet2DConditionModel.load_config(bare / "sd15", subfolder="unet")
 
     def forward(device, wrap):
@@ -118,8 +127,8 @@ def test_autocast_holds_what_torch_holds_on_cuda(bare, variant):
 
 
 def measure_for_real(given, folder):
-    """(bytes that live between iterations, the peak above them) of Trainer's second iteration: what Python holds,
-    and what the profiler saw allocated, kernels' own buffers included."""
+    """(bytes that live between iterations, the peak above them) of Trainer's second iteration: what
+    Python holds, and what the profiler saw allocated, kernels' own buffers included."""
 
     def living():
         gc.collect()
@@ -164,10 +173,13 @@ def predict(given, dry):
 
 
 CASES = {
-    "checkpointed, 4": {}, "checkpointed, 8": {"batch": 8}, "whole, 4": {"checkpointing": False},
-    "whole, 8": {"checkpointing": False, "batch": 8}, "latent, TAESD": {"space": "latent", "vae": "taesd"},
+    "checkpointed, 4": {},
+    "checkpointed, 8": {"batch": 8},
+    "whole, 4": {"checkpointing": False},
+    "whole, 8": {"checkpointing": False, "batch": 8},
+    "latent, TAESD": {"space": "latent", "vae": "taesd"},
     "SDXL, LoRA, twice": {"backbone": "sdxl", "lora_rank": 2, "accumulate": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

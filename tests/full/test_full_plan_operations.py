@@ -12,12 +12,17 @@ from full.plan import dry_run, plan
 from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
 from full.plan.dry_run import HEADS, STUDENT, DryRun, Meter
 
-# Parameters and operations -------------------------------------------------------------------------------------------
+# Parameters and operations ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, unet, text", [
-    ("sd15", 859.52, [123.06]), ("sd21", 865.91, [340.39]), ("sdxl", 2567.46, [123.06, 694.66]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, unet, text",
+    [
+        ("sd15", 859.52, [123.06]),
+        ("sd21", 865.91, [340.39]),
+        ("sdxl", 2567.46, [123.06, 694.66]),
+    ],
+)
 def test_parameters_of_the_backbones_are_the_published_ones(name, unet, text):
     backbone = MetaBackbone(name, torch.bfloat16)
     millions = lambda network: round(plan.count(network) / 1e6, 2)  # noqa: E731
@@ -25,9 +30,15 @@ def test_parameters_of_the_backbones_are_the_published_ones(name, unet, text):
     assert millions(backbone.pipe.vae) == 83.65
 
 
-@pytest.mark.parametrize("name, count, size", [
-    ("dinov2-s", 22.06, 518), ("dinov2-l", 304.37, 518), ("dino-s", 21.67, 224), ("clip-l", 303.18, 224),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, count, size",
+    [
+        ("dinov2-s", 22.06, 518),
+        ("dinov2-l", 304.37, 518),
+        ("dino-s", 21.67, 224),
+        ("clip-l", 303.18, 224),
+    ],
+)
 def test_parameters_of_the_image_networks_are_the_published_ones(name, count, size):
     network = vit(name, torch.bfloat16, 0, "features")
     counted = [
@@ -73,20 +84,30 @@ def test_operations_of_a_unet(name, teraflop):
 def test_operations_of_every_part(sd15):
     """Measured elsewhere, network by network, at 512×512 with F at 518, whose resize is 0.002."""
     known = {
-        "text encoders": 0.013, "c_text": 0.047, "c_img": 1.014, "VAE encodes x_0": 1.117, STUDENT: 0.803,
-        "teacher": 0.803, "VAE decodes x_hat": 2.515, "VAE decodes the target": 2.515, "F of x_hat": 0.093 + 0.002,
-        "F of x_0": 0.093 + 0.002, "F of x_hat, backward": 0.145, "VAE decodes x_hat, backward": 4.286,
+        "text encoders": 0.013,
+        "c_text": 0.047,
+        "c_img": 1.014,
+        "VAE encodes x_0": 1.117,
+        STUDENT: 0.803,
+        "teacher": 0.803,
+        "VAE decodes x_hat": 2.515,
+        "VAE decodes the target": 2.515,
+        "F of x_hat": 0.093 + 0.002,
+        "F of x_0": 0.093 + 0.002,
+        "F of x_hat, backward": 0.145,
+        "VAE decodes x_hat, backward": 4.286,
         f"{STUDENT}, backward": 2.262,
-    }  # fmt: skip
+    }
     counted = {part: n / 1e12 for part, n in by_part(sd15[2].operations(1)).items()}
     assert counted.keys() - known.keys() == {HEADS}
     assert {part: counted[part] for part in known} == pytest.approx(known, rel=0.02, abs=6e-4)
 
 
 def heads_by_hand(tokens, width, out, r1):
-    """Five heads: convolutions of 1, 9 and 1 taps. Forward thrice, on generated tokens in both halves and on real ones;
-    back to the tokens once; back to weights and tokens of both, save the first layer's to tokens that want no gradient.
-    R1 goes back to the real tokens (once), and through that again (twice)."""
+    """Five heads: convolutions of 1, 9 and 1 taps. Forward thrice, on generated tokens in both
+    halves and on real ones; back to the tokens once; back to weights and tokens of both, save the
+    first layer's to tokens that want no gradient. R1 goes back to the real tokens (once), and
+    through that again (twice)."""
     first, whole = width * width, width * width * (1 + 9) + width * out
     passes = 3 + 1 + 2 + 2 + (3 if r1 else 0) - (1 if r1 else 2) * first / whole
     return 5 * tokens * 2 * whole * passes
@@ -113,8 +134,9 @@ def test_the_meter_counts_operations_by_precision():
                 conv.to(dtype)(torch.empty(2, 3, 8, 8, device=META, dtype=dtype))
     product, convolution = 2 * 7 * 11 * 13, 2 * (2 * 8 * 8) * 5 * (3 * 9)
     assert meter.flops == {
-        ("torch.float32", "tf32"): product + convolution, ("torch.bfloat16", "bf16"): product + convolution,
-    }  # fmt: skip
+        ("torch.float32", "tf32"): product + convolution,
+        ("torch.bfloat16", "bf16"): product + convolution,
+    }
 
 
 def test_settings_change_the_operations(bare, planned):

@@ -14,8 +14,8 @@ from common.checkpoints import read
 
 
 def test_two_processes_resume_to_the_bit_also_after_a_torn_checkpoint(checkpoints, tmp_path):
-    """One run of three steps; one of two, gone on with; and the first with the second process's last file cut: both
-    processes go on from the checkpoint before."""
+    """One run of three steps; one of two, gone on with; and the first with the second process's
+    last file cut: both processes go on from the checkpoint before."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def train_two(out, steps, *more):
@@ -52,7 +52,8 @@ def broken(checkpoints, out, *what, **more):
 
 
 def test_two_processes_agree_on_what_one_of_them_saw(checkpoints, tmp_path):
-    """Images that are no numbers reach the second process alone: both stop, or both skip the step."""
+    """Images that are no numbers reach the second process alone: both stop, or both skip the
+    step."""
     codes, err = broken(checkpoints, tmp_path / "a", "images", 1, 2)
     assert codes == [2, 2] and err.count("step 2: not finite: ") == 2, err[-3000:]
     assert read(last(tmp_path / "a") / "training.pt")["step"] == 1
@@ -79,8 +80,9 @@ def test_two_processes_leave_when_one_of_them_cannot_write(checkpoints, tmp_path
 
 
 def kill_and_resume(checkpoints, tmp_path, times, seed):
-    """Kill a run -9 so many times at random moments of its training, a checkpoint being written after every iteration,
-    and finish it: what was there is there and can be read, and it ends as if it had never been killed."""
+    """Kill a run -9 so many times at random moments of its training, a checkpoint being written
+    after every iteration, and finish it: what was there is there and can be read, and it ends as if
+    it had never been killed."""
     out, draw, kills, more = (
         tmp_path / "run",
         random.Random(seed),

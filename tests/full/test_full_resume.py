@@ -1,4 +1,5 @@
-"""full/run.py under what happens to long runs: stopped, torn checkpoints, a full disk, bad numbers."""
+"""full/run.py under what happens to long runs: stopped, torn checkpoints, a full disk, bad
+numbers."""
 
 import errno
 import shlex

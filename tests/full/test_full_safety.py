@@ -16,17 +16,24 @@ from full.settings import Settings
 
 
 def test_no_file_that_is_loaded_can_run_code(checkpoints, whole, tmp_path, capsys, monkeypatch):
-    """A pickle with a call in it in the place of checkpoints and of every network's weights: refused, never run."""
+    """A pickle with a call in it in the place of checkpoints and of every network's weights:
+    refused, never run."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     target = tmp_path / "ran"
     torch.save({"x": Bomb(target)}, tmp_path / "bomb.pt")
     bombs = ((tmp_path / "bomb.pt").read_bytes(), pickle.dumps(Bomb(target)))
     diffusion, text = "diffusion_pytorch_model.bin", "pytorch_model.bin"
     places = [
-        ("backbone", "sd15", f"unet/{diffusion}"), ("backbone", "sd15", f"vae/{diffusion}"), ("backbone", "sd15", f"text_encoder/{text}"),
-        ("backbone", "sdxl", f"text_encoder_2/{text}"), ("teacher", "sdxl", f"unet/{diffusion}"), ("vae", "taesd", diffusion),
-        ("features", "dino", text), ("c_img", "dino-large", text), ("c_text", "clip", "open_clip_pytorch_model.bin"),
-    ]  # fmt: skip
+        ("backbone", "sd15", f"unet/{diffusion}"),
+        ("backbone", "sd15", f"vae/{diffusion}"),
+        ("backbone", "sd15", f"text_encoder/{text}"),
+        ("backbone", "sdxl", f"text_encoder_2/{text}"),
+        ("teacher", "sdxl", f"unet/{diffusion}"),
+        ("vae", "taesd", diffusion),
+        ("features", "dino", text),
+        ("c_img", "dino-large", text),
+        ("c_text", "clip", "open_clip_pytorch_model.bin"),
+    ]
     for setting, source, place in places:
         for bomb in bombs:
             folder = shutil.copytree(checkpoints / source, tmp_path / "copy")

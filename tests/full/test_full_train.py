@@ -1,5 +1,5 @@
-"""full/run.py on tiny checkpoints, through the real loading code: every backbone, mixed pairs, LoRA,
-resume, and the saved pipeline against add.py's own sampler."""
+"""full/run.py on tiny checkpoints, through the real loading code: every backbone, mixed pairs,
+LoRA, resume, and the saved pipeline against add.py's own sampler."""
 
 import json
 import shutil
@@ -19,7 +19,8 @@ from full.train import Trainer
 
 
 def same_image_as_our_sampler(pipeline, out, steps, timesteps=None):
-    """The pipeline's latents and Student.sample's, from the same noise and the same generator's state."""
+    """The pipeline's latents and Student.sample's, from the same noise and the same generator's
+    state."""
     settings = from_dict(Settings, json.loads((out / "config.json").read_text())["settings"])
     pipe = AutoPipelineForText2Image.from_pretrained(pipeline, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -97,12 +98,22 @@ def test_mixed_pairs_of_other_latents_and_predictions(
     assert all(row["distillation"] > 0 for row in log_of(tmp_path))
 
 
-@pytest.mark.parametrize("more", [
-    {"weight": "nfsd", "guidance": "7.5"}, {"weight": "sds", "space": "latent"}, {"guidance": "3,8", "teacher_steps": 2},
-    {"vae": "TAESD"}, {"c_text": "none", "c_img": "none"}, {"augment": "", "features_crop": 0},
-    {"features_size": 56, "features_crop": 1.0}, {"ema": 0, "clip": 0}, {"init": "random"},
-    {"vae_slicing": "false", "checkpointing": "false"},
-], ids=lambda more: " ".join(more))  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"weight": "nfsd", "guidance": "7.5"},
+        {"weight": "sds", "space": "latent"},
+        {"guidance": "3,8", "teacher_steps": 2},
+        {"vae": "TAESD"},
+        {"c_text": "none", "c_img": "none"},
+        {"augment": "", "features_crop": 0},
+        {"features_size": 56, "features_crop": 1.0},
+        {"ema": 0, "clip": 0},
+        {"init": "random"},
+        {"vae_slicing": "false", "checkpointing": "false"},
+    ],
+    ids=lambda more: " ".join(more),
+)
 def test_every_variant_of_the_method_runs(checkpoints, tmp_path, more):
     if "vae" in more:
         more = {"vae": checkpoints / "taesd"}
@@ -225,7 +236,8 @@ def test_the_pipeline_has_the_average_of_the_weights(checkpoints, tmp_path):
 
 @pytest.mark.usefixtures("another_precision")
 def test_bf16_survives_checkpoints_and_resume(checkpoints, tmp_path, monkeypatch, capsys):
-    """What a student's middle block gives, in every iteration before and after a save and after --resume."""
+    """What a student's middle block gives, in every iteration before and after a save and after
+    --resume."""
     iteration, seen = Trainer.iteration, {}
 
     def watched(trainer, batches):
@@ -255,7 +267,8 @@ def test_the_teacher_of_nfsd_has_the_guidance_of_its_paper():
 
 @pytest.mark.parametrize("kind", ["shards", "hugging face"])
 def test_the_other_sources_train_too(checkpoints, tmp_path, monkeypatch, kind):
-    """The folder's images and captions as webdataset shards, and as a data set that the datasets library reads."""
+    """The folder's images and captions as webdataset shards, and as a data set that the datasets
+    library reads."""
     files = sorted((checkpoints / "images").glob("*.jpg"))
     if kind == "shards":
         for n in range(2):

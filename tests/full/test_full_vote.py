@@ -1,7 +1,7 @@
-"""full/vote.py through its pages: what a voter sees, what is written, and that neither is lost or given away."""
+"""full/vote.py through its pages: what a voter sees, what is written, and that neither is lost or
+given away."""
 
 import csv
-import json
 import re
 import threading
 import time
@@ -10,22 +10,6 @@ import pytest
 from PIL import Image
 
 from full.study import elo, vote
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Two models, five prompts; an image's colour tells its model."""
-    for model, colour in (("ours", (200, 0, 0)), ("theirs", (0, 0, 200))):
-        folder = tmp_path / model
-        folder.mkdir()
-        for i in range(5):
-            Image.new("RGB", (8, 8), colour).save(folder / f"{i:04d}.png")
-        lines = [
-            json.dumps({"file_name": f"{i:04d}.png", "text": f"<b>prompt {i}</b>"})
-            for i in range(5)
-        ]
-        (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return [f"{model}={tmp_path / model}" for model in ("ours", "theirs")]
 
 
 def study(folders, path, **more):
@@ -39,7 +23,8 @@ def rows(path):
 
 
 def answer(client, choose):
-    """Vote until the end; choose(left image's bytes, right's) gives the answer to both questions. Returns the pages."""
+    """Vote until the end; choose(left image's bytes, right's) gives the answer to both questions.
+    Returns the pages."""
     pages = []
     while True:
         page = client.get("/").text

@@ -1,16 +1,10 @@
-"""full/vote.py in a real browser, headless Chromium: what a voter sees and clicks. Needs Chromium or Chrome on the PATH,
-so it is asked for by name: python -m pytest -m browser."""
-
-import shutil
-import threading
+"""full/vote.py in a real browser, headless Chromium: what a voter sees and clicks. Needs Chromium
+or Chrome on the PATH, so it is asked for by name: python -m pytest -m browser."""
 
 import pytest
-from test_full_vote import folders, red_side, rows, study  # noqa: F401  (a fixture)
+from test_full_vote import red_side, rows
 
 pytestmark = pytest.mark.browser
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture
@@ -31,22 +25,9 @@ def site(folders, tmp_path):
     thread.join()
 
 
-@pytest.fixture
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    assert path, (
-        f"none of {', '.join(NAMES)} is on the PATH; install one (Debian: apt-get install chromium)"
-    )
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=QUIET)
-        yield running
-        running.close()
-
-
 def vote_to_the_end(page, address, picture=None):
-    """Click through every pair, the red image's side each time; returns how many pages that took."""
+    """Click through every pair, the red image's side each time; returns how many pages that
+    took."""
     page.goto(address)
     for count in range(100):
         page.wait_for_load_state("load")

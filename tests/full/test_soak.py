@@ -1,5 +1,6 @@
-"""Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -n 0 -s tests/full/test_soak.py
-(ADD_SOAK_MINUTES, 120 unless set). The toy and full/ run side by side, one thread each."""
+"""Hours of training: memory stays flat and no file but the logs grows. python -m pytest -m long -n
+0 -s tests/full/test_soak.py (ADD_SOAK_MINUTES, 120 unless set). The toy and full/ run side by side,
+one thread each."""
 
 import contextlib
 import os
@@ -28,7 +29,8 @@ def test_slope_by_hand():
 
 
 class Watched:
-    """A run that never ends by itself, and its memory (hours, MiB) and files (bytes; logs aside) since its first checkpoint."""
+    """A run that never ends by itself, and its memory (hours, MiB) and files (bytes; logs aside)
+    since its first checkpoint."""
 
     def __init__(self, name, folder, first, log, arguments):
         self.name, self.folder, self.first, self.log = name, folder, first, folder / log
@@ -62,7 +64,8 @@ class Watched:
                         self.sizes[-1] += os.path.getsize(path)
 
     def stop(self):
-        """Asks it to save and leave; prints what was seen: (growth of memory over the whole, its mean, files' sizes)."""
+        """Asks it to save and leave; prints what was seen: (growth of memory over the whole, its
+        mean, files' sizes)."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=300)
         assert self.process.returncode == 143
@@ -72,8 +75,11 @@ class Watched:
             len(sizes) // 20 : -len(sizes) // 20
         ]  # without the moments at which a file has two names
         rows = self.log.read_text().count("\n")
-        print(f"\n{self.name}: {60 * hours:.0f} minutes, {rows} rows of the log, {mean:.1f} MiB, slope {slope(memory):+.2f} MiB an hour, "
-              f"files {sizes[0]} to {sizes[-1]} bytes, log {self.log.stat().st_size} bytes")  # fmt: skip
+        print(
+            f"\n{self.name}: {60 * hours:.0f} minutes, {rows} rows of the log, {mean:.1f} MiB, "
+            f"slope {slope(memory):+.2f} MiB an hour, "
+            f"files {sizes[0]} to {sizes[-1]} bytes, log {self.log.stat().st_size} bytes"
+        )
         return slope(memory) * hours, mean, sizes
 
 
