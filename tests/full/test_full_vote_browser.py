@@ -1,8 +1,10 @@
 """full/vote.py in a real browser, headless Chromium: what a voter sees and clicks. Needs Chromium
 or Chrome on the PATH, so it is asked for by name: python -m pytest -m browser."""
 
+import threading
+
 import pytest
-from test_full_vote import red_side, rows
+from test_full_vote import red_side, rows, study
 
 pytestmark = pytest.mark.browser
 
