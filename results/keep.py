@@ -1,12 +1,14 @@
-"""Keeps finished runs of the toy, and their tables in the README.
+"""Keeps finished runs of the toy, and their tables in README.md and results/README.md.
 
 python results/keep.py RUN NAME   copies the report of the run folder RUN, with its pictures and
                                   figures, to results/NAME
-python results/keep.py            fills README.md's tables from results/ (the former does it, too)
+python results/keep.py            fills the pages' tables from results/ (the former does it, too)
 
-In the README a table stands between `<!-- report: NAME -->`, or `<!-- summary: GROUP GROUP … -->`,
-and `<!-- end -->`. A group is the runs results/GROUP-seed*; its row has their mean and, in
-brackets, the least and the largest.
+In a page a table stands between a marker and `<!-- end -->`:
+`<!-- report: NAME -->` is the table of figures of one run.
+`<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
+mean and, in parentheses, the least and the largest.
+`<!-- short: GROUP GROUP … -->` has fewer columns of it.
 """
 
 import json
@@ -28,6 +30,13 @@ KEPT = (
     "targets.png",
     "cost.png",
     "curves.png",
+)
+PAGES = ("README.md", "results/README.md")
+SHORT = (  # columns of a short summary
+    "distance, one step, ×",
+    "distance, 4 steps, ×",
+    "class accuracy, one step",
+    "recall, one step, ×",
 )
 PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind the command
 
@@ -74,60 +83,67 @@ def seeds_of(group):
     return sorted(run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md"))
 
 
-def summary(groups):
+def load(name, file):
+    """A JSON file of a kept run."""
+    return json.loads((RESULTS / name / file).read_text())
+
+
+def spread(values):
+    """The mean and, of several values, the least and the largest."""
+    mean = f"{sum(values) / len(values):.3f}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
+
+
+def summary(groups, short=False, folder="results/"):
     """Lines of the table with a row for each group: what the goals are about, in bold where the
-    mean misses its goal."""
+    mean misses its goal. A short one has the columns of SHORT, and no goals. folder is where the
+    page finds the runs."""
     lines = []
     for group in groups:
         names = seeds_of(group)
-        measured, minutes = [], []
-        for name in names:
-            stored, config = (
-                json.loads((RESULTS / name / file).read_text())
-                for file in ("results.json", "config.json")
-            )
-            measured.append(goals(stored["results"], config["preset"]))
-            minutes.append(int(cells(table(name, "Seconds").splitlines()[-1])[-1]) / 60)
+        measured = [
+            goals(load(name, "results.json")["results"], load(name, "config.json")["preset"])
+            for name in names
+        ]
+        head, row = ["run", "seeds"], [f"[{group}]({folder}{names[0]}/report.md)", str(len(names))]
+        for of_seeds in zip(*measured, strict=True):
+            what, _, goal, _ = of_seeds[0]
+            values = [value for _, value, _, _ in of_seeds]
+            met = short or meets(sum(values) / len(values), goal)
+            if not short or what in SHORT:
+                head.append(what if short else f"{what} ({goal})")
+                row.append(spread(values) if met else f"**{spread(values)}**")
+        if not short:
+            seconds = [int(cells(table(name, "Seconds").splitlines()[-1])[-1]) for name in names]
+            head.append("minutes")
+            row.append(f"{sum(seconds) / len(seconds) / 60:.0f}")
         if not lines:
-            columns = [
-                "run",
-                "seeds",
-                *(f"{what} ({goal})" for what, _, goal, _ in measured[0]),
-                "minutes",
-            ]
-            lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        row = [f"[{group}](results/{names[0]}/report.md)", str(len(names))]
-        for same in zip(*measured, strict=True):
-            values, goal = [value for _, value, _, _ in same], same[0][2]
-            mean = sum(values) / len(values)
-            text = f"{mean:.3f}"
-            if len(values) > 1:
-                text += f" ({min(values):.3f} to {max(values):.3f})"
-            row.append(text if meets(mean, goal) else f"**{text}**")
-        lines.append("| " + " | ".join([*row, f"{sum(minutes) / len(minutes):.0f}"]) + " |")
+            lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines.append("| " + " | ".join(row) + " |")
     return lines
 
 
-def fill(readme):
-    """The README's text with its tables as results/ has them. ValueError if a marker has no end, or
-    no run its name."""
+def fill(text, page="README.md"):
+    """A page's text with its tables as results/ has them. ValueError if a marker has no end, or no
+    run its name."""
+    folder = "" if page.startswith("results/") else "results/"
 
     def tables(match):
         kind, names, old = match[1], match[2].split(), match[3]
+        marker = f"<!-- {kind}: {match[2]} -->"
         if "<!--" in old:
-            raise ValueError(f"README.md: `<!-- {kind}: {match[2]} -->` has no `<!-- end -->`")
-        there = seeds_of if kind == "summary" else is_kept
+            raise ValueError(f"{page}: `{marker}` has no `<!-- end -->`")
+        there = is_kept if kind == "report" else seeds_of
         if missing := [name for name in names if not there(name)]:
-            raise ValueError(
-                f"README.md: `<!-- {kind}: {match[2]} -->` names {missing[0]}, "
-                "which is not in results/"
-            )
-        lines = summary(names) if kind == "summary" else [table(names[0], "Figures")]
-        return "\n".join([f"<!-- {kind}: {match[2]} -->", *lines, "<!-- end -->"])
+            raise ValueError(f"{page}: `{marker}` names {missing[0]}, which is not in results/")
+        if kind == "report":
+            lines = [table(names[0], "Figures")]
+        else:
+            lines = summary(names, kind == "short", folder)
+        return "\n".join([marker, *lines, "<!-- end -->"])
 
-    return re.sub(
-        r"<!-- (report|summary): ([^>]*?) -->\n(.*?)<!-- end -->", tables, readme, flags=re.DOTALL
-    )
+    marked = r"<!-- (report|summary|short): ([^>]*?) -->\n(.*?)<!-- end -->"
+    return re.sub(marked, tables, text, flags=re.DOTALL)
 
 
 def main(argv):
@@ -135,11 +151,13 @@ def main(argv):
     if len(argv) not in (0, 2):
         print(__doc__, file=sys.stderr)
         return 2
-    readme = RESULTS.parent / "README.md"
+    root = RESULTS.parent
     try:
         if argv:
             keep(Path(argv[0]), argv[1])
-        readme.write_text(fill(readme.read_text()))
+        filled = {page: fill((root / page).read_text(), page) for page in PAGES}
+        for page, text in filled.items():
+            (root / page).write_text(text)
     except (OSError, ValueError) as error:
         print(f"results/keep.py: {error}", file=sys.stderr)
         return 2

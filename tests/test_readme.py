@@ -1,4 +1,4 @@
-"""The README holds what results/ holds, and what the pages name is there."""
+"""The pages hold what results/ holds, and what they name is there."""
 
 import json
 import re
@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from results.keep import KEPT, RESULTS, fill, keep, main, seeds_of, summary, table
+from results.keep import KEPT, PAGES, RESULTS, fill, keep, main, seeds_of, summary, table
 
 ROOT = RESULTS.parent
-README = (ROOT / "README.md").read_text()
 REPORT = """# ADD on digits
 
 `COMMAND` · preset `cpu` · seed 3 · 1 CPU threads · commit abc1234
@@ -39,16 +38,23 @@ A word on data.
 """
 
 
-def test_the_tables_are_those_of_the_reports():
-    assert fill(README) == README, "python results/keep.py brings README.md up to date"
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_are_those_of_the_reports(page):
+    text = (ROOT / page).read_text()
+    assert fill(text, page) == text, f"python results/keep.py brings {page} up to date"
+
+
+def test_every_kept_run_is_in_the_summary():
+    text = (ROOT / "results/README.md").read_text()
     kept = {folder.name for folder in RESULTS.iterdir() if (folder / "report.md").exists()}
-    groups = re.search("<!-- summary: (.*?) -->", README)[1].split()
+    groups = re.search("<!-- summary: (.*?) -->", text)[1].split()
     assert kept == {name for group in groups for name in seeds_of(group)}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "toy/README.md", "toy/experiments.md", "full/README.md"]
-)
+OTHER_PAGES = "toy/README.md toy/experiments.md full/README.md results/gpu.md CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES.split()])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
@@ -64,13 +70,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_flags_of_the_toy_exist():
-    shown = subprocess.run(
-        [sys.executable, "toy/run.py", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = [sys.executable, "toy/run.py", "--help"]
+    shown = subprocess.check_output(command, cwd=ROOT, text=True)
     known = set(re.findall(r"--[a-z][\w-]*", shown))
     used = set()
     for page in ("README.md", "toy/README.md", "toy/experiments.md"):
@@ -78,10 +79,10 @@ def test_flags_of_the_toy_exist():
         spans = [*re.findall("`([^`\n]+)`", text), *re.findall("^python .*$", text, re.MULTILINE)]
         for span in spans:
             if span.startswith(("--", "python toy/run.py")) or "&& python toy/run.py" in span:
-                used |= {
-                    word.partition("=")[0] for word in shlex.split(span) if word.startswith("--")
-                }
-    assert len(used) > 15 and used - known <= {"--backbone"}  # of full/run.py
+                words = [word for word in shlex.split(span) if word.startswith("--")]
+                used |= {word.partition("=")[0] for word in words}
+    assert len(used) > 15
+    assert used - known <= {"--plan"}  # of full/run.py
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("results.keep.RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("<!-- report: x -->\nold\n<!-- end -->\nprose\n")
+    (tmp_path / "results/README.md").write_text("<!-- report: x -->\n<!-- end -->\nmore\n")
     return tmp_path
 
 
@@ -121,6 +123,8 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
     assert (elsewhere / "results/x/cost.png").read_bytes() == b"\x89 /home/me/data"
     readme = (elsewhere / "README.md").read_text()
     assert "old" not in readme and readme.endswith("| teacher | 50 |\n<!-- end -->\nprose\n")
+    other = (elsewhere / "results/README.md").read_text()
+    assert other == readme.replace("prose", "more")
     assert table("x", "Figures").splitlines() == ["| | steps |", "|---|---|", "| teacher | 50 |"]
 
 
@@ -146,6 +150,14 @@ def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):
     # Accuracy in four steps; minutes.
     assert cells[7] == "**0.970 (0.970 to 0.970)**"
     assert cells[-1] == "2"
+    marked = "<!-- short: x -->\nold\n<!-- end -->\n"
+    head, _, line = fill(marked, "README.md").splitlines()[1:4]
+    names = "distance, one step, × | distance, 4 steps, × | class accuracy, one step"
+    assert head == f"| run | seeds | {names} | recall, one step, × |"
+    figures = "0.775 (0.700 to 0.850) | 0.630 (0.630 to 0.630) | 0.990 (0.990 to 0.990)"
+    row = f"| [x](results/x-seed0/report.md) | 2 | {figures} | 1.000 (1.000 to 1.000) |"
+    assert line == row
+    assert fill(marked, "results/README.md").splitlines()[3] == row.replace("(results/", "(")
 
 
 def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):

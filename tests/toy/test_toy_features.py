@@ -47,11 +47,8 @@ def test_the_teachers_encoder_gives_maps_of_the_diffused_image_and_passes_gradie
     assert not any(m.training for m in encoder.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
     images, g = torch.rand(3, 1, 16, 16, requires_grad=True), torch.Generator().manual_seed(9)
-    network, schedule, nobody = (
-        encoder.teacher.network,
-        encoder.teacher.schedule,
-        torch.full((3,), 3),
-    )
+    network, schedule = encoder.teacher.network, encoder.teacher.schedule
+    nobody = torch.full((3,), 3)
     tokens = discriminator.features(images)
     assert [x.shape for x in tokens] == [(3, 16, 32), (3, 16, 16), (3, 16, 16)]
     assert encoder.channels == [32, 16, 16]

@@ -50,7 +50,5 @@ def test_load_glyphs_holds_out_other_images():
     assert data.name == "glyphs (built in)" and data.classes == tuple("0123456789")
     assert len(data.train_images) == len(data.test_images) == 300
     assert torch.equal(data.train_images, glyphs(300, seed=5)[0])
-    assert (
-        torch.cdist(data.train_images.flatten(1).float(), data.test_images.flatten(1).float()).min()
-        > 0
-    )
+    train, test = (x.flatten(1).float() for x in (data.train_images, data.test_images))
+    assert torch.cdist(train, test).min() > 0

@@ -177,9 +177,8 @@ def test_what_is_not_finite_stops_the_run_or_is_skipped_and_counted(
     changed = [*TINY, "--out", folder, "--teacher-lr", "0.002"]
     code, err = main_in_process(run, changed, capsys)
     assert code == 2
-    assert (
-        "teacher, step 3: teacher loss is nan; the last good checkpoint: " in err.splitlines()[-1]
-    )
+    says = "teacher, step 3: teacher loss is nan; the last good checkpoint: "
+    assert says in err.splitlines()[-1]
     calls.clear()
     assert main_in_process(run, [*changed, "--skip-nonfinite", "1"], capsys)[0] == 0
     log = (folder / "teacher" / "log.csv").read_text().splitlines()
