@@ -243,12 +243,3 @@ def same_latents(a, b):
     ]
     x, y = (backbone.pipe.vae.encoder.state_dict() for backbone in (a, b))
     return scale[0] == scale[1] and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-
-
-def collate_conditions(conditions):
-    """Rows of several conditions one after the other, (B_1 + B_2 + …): for a batch that is made of
-    parts."""
-    first = conditions[0]
-    if isinstance(first, dict):
-        return {k: collate_conditions([c[k] for c in conditions]) for k in first}
-    return torch.cat(conditions)
