@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import tiny_checkpoints as tiny
 from accelerate.state import AcceleratorState
-from coco import load_fid, write_coco, write_student
-from coco import run as evaluate_into
 from diffusers import UNet2DConditionModel
+from full_coco import load_fid, write_coco, write_student
+from full_coco import run as evaluate_into
+from full_plans import forbid_network, settings
+from full_runs import FIVE, train
 from PIL import Image
-from plans import forbid_network, settings
-from runs import FIVE, train
 
 from full import run
 from full.plan import plan

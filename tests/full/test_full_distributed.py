@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, flags
+from full_runs import ROOT, flags
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from coco import (
+from diffusers import AutoPipelineForText2Image, DPMSolverMultistepScheduler
+from full_coco import (
     REAL_LOAD_FID,
     N,
     pictures,
@@ -16,7 +17,6 @@ from coco import (
     run,
     write_captions,
 )
-from diffusers import AutoPipelineForText2Image, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import nn
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from coco import REAL_LOAD_FID, ROOT, N, arguments, pictures, pixels, run, times
 from diffusers import AutoPipelineForText2Image
+from full_coco import REAL_LOAD_FID, ROOT, N, arguments, pictures, pixels, run, times
 from PIL import Image
 from torch import nn
 

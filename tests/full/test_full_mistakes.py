@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, flags
+from full_runs import ROOT, flags
 from trust import assert_takes_a_value_or_names_itself
 
 from full import run

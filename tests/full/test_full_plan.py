@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plans import flags, forbid_network
+from full_plans import flags, forbid_network
 
 from full import run
 from full.plan import plan

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from plans import settings
+from full_plans import settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

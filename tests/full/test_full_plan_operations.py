@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from plans import by_part, forbid_network, settings
+from full_plans import by_part, forbid_network, settings
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

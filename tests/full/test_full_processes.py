@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from runs import ROOT, finish, flags, last, launch, log_of, train
+from full_runs import ROOT, finish, flags, last, launch, log_of, train
 from trust import kill_while_it_writes, same
 
 from common.checkpoints import read

@@ -8,7 +8,7 @@ import signal
 import sys
 
 import pytest
-from runs import FIVE, assert_same_run, flags, last, log_of, train
+from full_runs import FIVE, assert_same_run, flags, last, log_of, train
 from trust import on_a_small_disk
 
 from common import checkpoints as storage

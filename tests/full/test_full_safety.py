@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from full_runs import flags, last, log_of, train
 from PIL import Image
-from runs import flags, last, log_of, train
 from trust import Bomb
 
 from common.checkpoints import write

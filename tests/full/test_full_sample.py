@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from diffusers import UNet2DConditionModel
-from runs import train
+from full_runs import train
 
 from full import sample
 

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoPipelineForText2Image
-from runs import log_of, losses_of, train, weights
+from full_runs import log_of, losses_of, train, weights
 
 from add import Student
 from common.flags import from_dict

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, flags
+from full_runs import ROOT, flags
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ENDLESS = 10**7
