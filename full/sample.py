@@ -1,5 +1,4 @@
-"""Draw from a distilled pipeline: python full/sample.py --pipeline DIR --prompt "a fox" --steps 1
---out samples
+"""Draw from a distilled pipeline: python full/sample.py --pipeline DIR --prompt "a fox" --out DIR
 
 Writes 0000.png, 0001.png, … and metadata.jsonl with the prompt of each. With --image,
 image-to-image from a file.

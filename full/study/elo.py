@@ -1,5 +1,4 @@
-"""Win rates and ELO from pairwise votes, as in Appendix B of the ADD paper: python full/elo.py
-VOTES.csv …
+"""Win rates and ELO from pairwise votes, as in the paper's Appendix B: python full/elo.py VOTES.csv
 
 A CSV has a header and a row for each vote: study (the question: prompt_following, quality, …),
 voter, prompt, left and right (the models), choice (left, right or tie), and, optionally, check:

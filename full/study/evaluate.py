@@ -1,5 +1,6 @@
-"""FID and CLIP score of student and teacher: python full/evaluate.py --pipeline DIR --teacher sd21
---coco DIR --out DIR
+"""FID and CLIP score of student and teacher.
+
+python full/evaluate.py --pipeline DIR --teacher sd21 --coco DIR --out DIR
 
 Every row of the table is an image for each of 5,000 captions of COCO2017: the teacher under
 DPM-Solver++ at 25 and 8 steps, the student at 1, 2 and 4. Writes evaluation.md, .json and .png, and
