@@ -127,12 +127,12 @@ def distil(stage, teacher, features):
     def step(i):
         half, log = student_half(*next(batches))
         update(student_optimizer, "student", log["student_loss"], log["gradient_student"])
-        log |= discriminator_half(half)
-        update(heads_optimizer, "discriminator", log["discriminator_loss"], log["gradient_heads"])
+        other = discriminator_half(half)
+        update(heads_optimizer, "discriminator", other["discriminator_loss"], other["gradient_heads"])
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
-        return log
+        return log | other
 
     parts = {
         "student": network,
