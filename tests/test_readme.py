@@ -180,7 +180,8 @@ def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):
 
 
 def test_the_loop_of_ones_own_runs_as_it_stands():
-    code = re.search("^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    text = (ROOT / "README.md").read_text()
+    code = re.search("^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
     assert len(code.splitlines()) <= 30
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "torch.Size([4, 3, 32, 32])\n", done.stderr

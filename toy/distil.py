@@ -128,7 +128,8 @@ def distil(stage, teacher, features):
         half, log = student_half(*next(batches))
         update(student_optimizer, "student", log["student_loss"], log["gradient_student"])
         other = discriminator_half(half)
-        update(heads_optimizer, "discriminator", other["discriminator_loss"], other["gradient_heads"])
+        loss, norm = other["discriminator_loss"], other["gradient_heads"]
+        update(heads_optimizer, "discriminator", loss, norm)
         ema.update_parameters(network)
         for schedule in lr:
             schedule.step()
