@@ -105,7 +105,7 @@ class NoiseSchedule(nn.Module):
         """(α_t, σ_t), each (B, 1, 1, 1), for integers t (B,). ValueError if t is out of range."""
         if t.ndim != 1 or t.is_floating_point() or self.alpha.dtype.itemsize < 4:
             got = f"t is {tuple(t.shape)}, {t.dtype}; the schedule {self.alpha.dtype}"
-            raise ValueError(f"{got}; expected (B,), integers; float32: cast the network alone")
+            raise ValueError(f"{got}; expected integers of shape (B,), and float32 or more")
         if t.device.type == "cpu" and len(t):  # a GPU would have to be waited for
             low, high = t.min().item(), t.max().item()
             if not 0 <= low <= high < len(self):
