@@ -137,7 +137,7 @@ ERRORS = {  # what is done wrong → what the message must say
     "t negative": (coefficients(-1, 7), ["t=-1…7", "0…999"]),
     "a schedule in bfloat16": (
         lambda: sd_schedule().bfloat16().coefficients(torch.tensor([1])),
-        ["the schedule torch.bfloat16", "float32", "cast the network alone"],
+        ["the schedule torch.bfloat16", "float32"],
     ),
     "noise of another shape": (
         diffuse((2, 3, 4, 4), (2, 3, 4, 5), 2),
