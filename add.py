@@ -547,7 +547,7 @@ class ADD(nn.Module):
         heads.requires_grad_(False)  # a gradient left in them would teach them to call fakes real
         adversarial = hinge_student(heads(fake_tokens, batch.c_text, c_img))
         heads.requires_grad_(True)
-        distillation, target, t = self.distill(compared, x_hat, batch, generator)
+        distillation, target, t = self.distillation_loss(compared, x_hat, batch, generator)
         return StudentHalf(
             adversarial.mean() + config.lambda_ * distillation.mean(), adversarial.detach(),
             distillation.detach(), s, t, x_hat.detach(),
@@ -556,7 +556,7 @@ class ADD(nn.Module):
             {"adversarial": judged, "distillation": compared},
         )  # fmt: skip
 
-    def distill(self, x, x_hat, batch, generator=None):
+    def distillation_loss(self, x, x_hat, batch, generator=None):
         """L_distill of each sample (B,), its target and t, for x̂_θ as the loss takes it (x) and in
         the student's space (x_hat)."""
         config, teacher, latents = self.config, self.teacher, x_hat  # what the teacher diffuses

@@ -131,7 +131,7 @@ def test_the_target_is_a_constant_of_the_loss(space):
     numbers."""
     model, batch = make_add(space=space), make_batch()
     x_hat = make_batch(seed=5).x_0.requires_grad_()
-    losses, target, t = model.distill(x_hat, x_hat, batch, generator())
+    losses, target, t = model.distillation_loss(x_hat, x_hat, batch, generator())
     (got,) = torch.autograd.grad(losses.sum(), x_hat)
     numbers = torch.tensor(target.tolist(), dtype=torch.float64)
     alpha, _ = column(model.teacher.schedule, t)

@@ -244,12 +244,12 @@ def test_control_the_exponential_weight_is_off_by_its_factor(world, prediction, 
     assert different.sum() > 990
 
 
-# --- the same from ADD.distill, as training calls it ----------------------------------------------
+# --- the same from ADD.distillation_loss, as training calls it ------------------------------------
 
 
 def distil(monkeypatch, world, teacher, w, guidance=1.0, decode=lambda x: x, **config):
-    """ADD.distill at t = 1 … 998, with world.noise as ε': its losses, target, and the gradient of
-    the losses."""
+    """ADD.distillation_loss at t = 1 … 998, with world.noise as ε': its losses, target, and their
+    gradient."""
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: T)
     monkeypatch.setattr(torch, "randn", lambda *size, **_: world.noise)
     config = ADDConfig(guidance=guidance, reduction="sum", sds_w=W[w], **config)
@@ -257,7 +257,7 @@ def distil(monkeypatch, world, teacher, w, guidance=1.0, decode=lambda x: x, **c
     x_hat = world.students(world.x_s)
     batch = Batch(None, world.cond, null_cond=world.null, negative_cond=world.negative)
     compared = x_hat if config.space == "latent" else decode(x_hat)
-    losses, target, t = model.distill(compared, x_hat, batch)
+    losses, target, t = model.distillation_loss(compared, x_hat, batch)
     assert torch.equal(t, T) and losses.shape == T.shape
     return losses, target, gradients_of_loss(world.students, losses)
 

@@ -16,7 +16,7 @@ def test_config_reaches_the_distillation_loss(name, reduction):
     config = {"weight": name, "sds_w": torch.ones_like, "reduction": reduction, "guidance": 3.0}
     model, batch = make_add(**config), make_batch()
     x_hat, g = make_batch(seed=5).x_0, generator(2)
-    losses, target, t = model.distill(x_hat, x_hat, batch, generator(2))
+    losses, target, t = model.distillation_loss(x_hat, x_hat, batch, generator(2))
     assert torch.equal(torch.randint(1000, (8,), generator=g), t)
     noise = torch.randn(x_hat.shape, dtype=torch.float64, generator=g)
     told = {"null_cond": batch.null_cond, "negative_cond": batch.negative_cond, "guidance": 3.0}
@@ -33,7 +33,7 @@ def test_the_teacher_takes_the_students_condition_unless_given_its_own():
     x_hat = make_batch(seed=5).x_0
 
     def target():
-        return model.distill(x_hat, x_hat, batch, generator())[1]
+        return model.distillation_loss(x_hat, x_hat, batch, generator())[1]
 
     with_own = target()
     batch.teacher_cond = None
@@ -52,7 +52,7 @@ def test_guidance_range_draws_one_scale_an_image():
     x_hat = torch.zeros_like(batch.x_0)
 
     def scales():
-        _, target, t = model.distill(x_hat, x_hat, batch, generator(2))
+        _, target, t = model.distillation_loss(x_hat, x_hat, batch, generator(2))
         alpha, sigma = column(schedule, t)
         g = generator(2)
         torch.randint(1000, (64,), generator=g)
@@ -182,7 +182,7 @@ def test_teacher_with_other_latents(space):
     teacher.encode, teacher.decode = codec.encode, codec.decode
     x_hat, g = make_batch(seed=5).x_0.requires_grad_(), generator(4)
     pixels = torch.tanh(2 * x_hat)  # the student's own decoder
-    losses, target, t = model.distill(pixels, x_hat, batch, generator(4))
+    losses, target, t = model.distillation_loss(pixels, x_hat, batch, generator(4))
     (got,) = torch.autograd.grad(losses.sum(), x_hat)
     assert codec.with_gradient == [space == "latent"]
 
@@ -226,7 +226,7 @@ def test_shared_latents_are_diffused_as_they_are(space):
     model.teacher.encode, model.teacher.decode = None, lambda z: torch.sin(z)
     x_hat, g = make_batch(seed=5).x_0.requires_grad_(), generator(4)
     compared = torch.sin(x_hat) if space == "pixel" else x_hat
-    losses, target, t = model.distill(compared, x_hat, batch, generator(4))
+    losses, target, t = model.distillation_loss(compared, x_hat, batch, generator(4))
     torch.randint(1000, (8,), generator=g)
     noise = torch.randn(x_hat.shape, dtype=torch.float64, generator=g)
     expected = reconstruction_target(model.teacher, x_hat, noise, t, batch.teacher_cond)
