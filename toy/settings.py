@@ -105,7 +105,7 @@ class Settings:
     distil_steps: int = option(1200, "ADD iterations", limits=COUNT)
     distil_batch: int = option(64, "their batch size", limits=COUNT)
     distil_student_lr: float = option(2e-4, "the student's learning rate", limits=RATE)
-    distil_heads_lr: float = option(2e-3, "the discriminator heads' learning rate", limits=RATE)
+    distil_heads_lr: float = option(4e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(
         12_000, "images after which one counts half in the student's moving average", limits=COUNT
