@@ -35,8 +35,8 @@ Departures from the paper, and choices where it is silent
        several teacher steps has no published form, and is refused.
     7. Of T_student the paper gives N = 4 and τ_n = 1000; ours is evenly spaced. Each iteration
        trains both sides; the heads see images from before the student's update.
-    8. Further sampling steps take fresh noise (§3.1). The released models' demo keeps a share of
-       the old noise, at t = 999, 899, 799, 699. Clipping (Denoiser.clip) is optional.
+    8. Further sampling steps take fresh noise: the paper does not say. The released models' demo
+       keeps a share of the old noise, at t = 999, 899, 799, 699. Denoiser.clip is optional.
 """
 
 import math
@@ -226,7 +226,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def sample(self, noise, cond, steps=1, timesteps=None, generator=None, on_step=None):
-        """Images (B, C, H, W), decoded, from unit noise: predict x̂_0, diffuse it with fresh noise
+        """Images (B, C, H, W), decoded, from unit noise: predict x̂_θ, diffuse it with fresh noise
         to the next smaller timestep, predict again. timesteps overrules steps; on_step(s, x_s,
         x_hat) sees every state."""
         timesteps = self.inference_timesteps(steps) if timesteps is None else tuple(timesteps)
@@ -274,7 +274,7 @@ class DiscriminatorHead(nn.Module):
     1x1 conv → residual circular conv → 1x1 conv to c_map channels, whose product with a linear map
     of the conditions is the logit (projection, Miyato & Koyama 2018). Convolutions are spectrally
     normalised; local batch norm and a leaky ReLU follow the first two. Without conditions the last
-    convolution gives the logit. hidden=None keeps C channels. All of it as in StyleGAN-T.
+    convolution gives the logit. hidden=None keeps C channels. After StyleGAN-T.
     """
 
     def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64):
@@ -466,7 +466,7 @@ class StudentHalf:
 
     loss: torch.Tensor  # Eq. 1, a scalar
     adversarial: torch.Tensor  # its two terms, each (B,)
-    distillation: torch.Tensor
+    distillation: torch.Tensor  # without λ
     s: torch.Tensor  # (B,) the student's timesteps
     t: torch.Tensor  # (B,) the teacher's
     x_hat: torch.Tensor  # x̂_θ in the student's space
@@ -485,7 +485,7 @@ class DiscriminatorHalf:
 
     loss: torch.Tensor  # Eq. 3, a scalar
     hinge: torch.Tensor  # its two terms, each (B,)
-    r1: torch.Tensor
+    r1: torch.Tensor  # without γ
     real_logits: list = field(repr=False)  # [(B, N_k)]
     fake_logits: list = field(repr=False)
 
@@ -493,10 +493,10 @@ class DiscriminatorHalf:
 class ADD(nn.Module):
     """The three networks of Fig. 2, and the two halves of an iteration.
 
-    An iteration costs one pass of the student, one of the teacher, one of F over generated images
-    (both halves use it) and one over real ones without gradient. R1's double backward goes through
-    the heads alone. On several processes wrap student.denoiser.network (DDP or FSDP) and
-    discriminator.heads (DDP), and give each process a generator of its own.
+    An iteration costs one pass of the student, one of the teacher (guidance: two), one of F over
+    generated images, which both halves use, and one over real ones without gradient. R1's double
+    backward goes through the heads alone. On several processes wrap student.denoiser.network (DDP
+    or FSDP), average the heads' gradients, and give each process a generator of its own.
     """
 
     def __init__(self, student, teacher, discriminator, config=None):

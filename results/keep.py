@@ -8,7 +8,8 @@ In a page a table stands between a marker and `<!-- end -->`:
 `<!-- report: NAME -->` is the table of figures of one run.
 `<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
 mean and, in parentheses, the least and the largest.
-`<!-- short: GROUP GROUP … -->` has fewer columns of it.
+`<!-- sweep: FILE CHANGE -->` has a row for each data set of the runs in results/FILE.json, whose
+settings differ from that commit's defaults by CHANGE: mean and range of the student's ratios.
 """
 
 import json
@@ -32,12 +33,6 @@ KEPT = (
     "curves.png",
 )
 PAGES = ("README.md", "results/README.md")
-SHORT = (  # columns of a short summary
-    "distance, one step, ×",
-    "distance, 4 steps, ×",
-    "class accuracy, one step",
-    "recall, one step, ×",
-)
 PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind the command
 
 
@@ -88,16 +83,45 @@ def load(name, file):
     return json.loads((RESULTS / name / file).read_text())
 
 
-def spread(values):
+def spread(values, digits=3):
     """The mean and, of several values, the least and the largest."""
-    mean = f"{sum(values) / len(values):.3f}"
-    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
+    mean, low, high = (
+        f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values))
+    )
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def summary(groups, short=False, folder="results/"):
+def sweep(file, change):
+    """Lines of the table with a row for each data set of the runs with that change. ValueError if
+    there are none."""
+    stored = json.loads((RESULTS / f"{file}.json").read_text())
+    runs = [run for run in stored["runs"] if run["change"] == change]
+    if not runs:
+        raise ValueError(f"results/{file}.json has no runs with the change '{change}'")
+    head = [
+        "data",
+        "device",
+        "seeds",
+        *(f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)),
+    ]
+    head += ["accuracy, 1 and 4 steps", "recall, 1 step, ×"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for data in dict.fromkeys(run["dataset"] for run in runs):
+        ones = [run for run in runs if run["dataset"] == data]
+        row = [data, stored["device"], str(len(ones))]
+        for k in ("1", "2", "4"):
+            row.append(spread([run["student"][k]["fd"] / run["teacher"]["fd"] for run in ones], 2))
+        accuracy = [sum(run["student"][k]["accuracy"] for run in ones) for k in ("1", "4")]
+        row.append(", ".join(f"{100 * a / len(ones):.1f} %" for a in accuracy))
+        recall = [run["student"]["1"]["recall"] / run["teacher"]["recall"] for run in ones]
+        row.append(spread(recall, 2))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def summary(groups, folder="results/"):
     """Lines of the table with a row for each group: what the goals are about, in bold where the
-    mean misses its goal. A short one has the columns of SHORT, and no goals. folder is where the
-    page finds the runs."""
+    mean misses its goal. folder is where the page finds the runs."""
     lines = []
     for group in groups:
         names = seeds_of(group)
@@ -109,14 +133,12 @@ def summary(groups, short=False, folder="results/"):
         for of_seeds in zip(*measured, strict=True):
             what, _, goal, _ = of_seeds[0]
             values = [value for _, value, _, _ in of_seeds]
-            met = short or meets(sum(values) / len(values), goal)
-            if not short or what in SHORT:
-                head.append(what if short else f"{what} ({goal})")
-                row.append(spread(values) if met else f"**{spread(values)}**")
-        if not short:
-            seconds = [int(cells(table(name, "Seconds").splitlines()[-1])[-1]) for name in names]
-            head.append("minutes")
-            row.append(f"{sum(seconds) / len(seconds) / 60:.0f}")
+            head.append(f"{what} ({goal})")
+            met = meets(sum(values) / len(values), goal)
+            row.append(spread(values) if met else f"**{spread(values)}**")
+        seconds = [int(cells(table(name, "Seconds").splitlines()[-1])[-1]) for name in names]
+        head.append("minutes")
+        row.append(f"{sum(seconds) / len(seconds) / 60:.0f}")
         if not lines:
             lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines.append("| " + " | ".join(row) + " |")
@@ -133,16 +155,16 @@ def fill(text, page="README.md"):
         marker = f"<!-- {kind}: {match[2]} -->"
         if "<!--" in old:
             raise ValueError(f"{page}: `{marker}` has no `<!-- end -->`")
+        if kind == "sweep":
+            lines = sweep(names[0], " ".join(names[1:]))
+            return "\n".join([marker, *lines, "<!-- end -->"])
         there = is_kept if kind == "report" else seeds_of
         if missing := [name for name in names if not there(name)]:
             raise ValueError(f"{page}: `{marker}` names {missing[0]}, which is not in results/")
-        if kind == "report":
-            lines = [table(names[0], "Figures")]
-        else:
-            lines = summary(names, kind == "short", folder)
+        lines = [table(names[0], "Figures")] if kind == "report" else summary(names, folder)
         return "\n".join([marker, *lines, "<!-- end -->"])
 
-    marked = r"<!-- (report|summary|short): ([^>]*?) -->\n(.*?)<!-- end -->"
+    marked = r"<!-- (report|summary|sweep): ([^>]*?) -->\n(.*?)<!-- end -->"
     return re.sub(marked, tables, text, flags=re.DOTALL)
 
 
