@@ -432,7 +432,7 @@ class ADDConfig:
 
     def __post_init__(self):
         low, high = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
-        most = 1 if self.weight == "nfsd" else 1000
+        steps, most = self.teacher_steps, 1 if self.weight == "nfsd" else 1000
         for name, allowed, rule in (
             ("weight", self.weight in WEIGHTS, f"one of {WEIGHTS}"),
             ("space", self.space in ("pixel", "latent"), "'pixel' or 'latent'"),
@@ -440,7 +440,7 @@ class ADDConfig:
             ("lambda_", 0 <= self.lambda_ < math.inf, "finite and at least 0"),
             ("gamma", 0 <= self.gamma < math.inf, "finite and at least 0"),
             ("guidance", -math.inf < low <= high < math.inf, "a number, or a rising pair"),
-            ("teacher_steps", self.teacher_steps in range(1, most + 1), f"from 1 to {most}"),
+            ("teacher_steps", type(steps) is int and 0 < steps <= most, f"from 1 to {most}"),
         ):
             if not allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")

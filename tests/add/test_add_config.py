@@ -43,6 +43,7 @@ ERRORS = {  # what is done wrong → what the message must say
     "guidance inf": (config(guidance=(1.0, math.inf)), ["guidance=(1.0, inf)", "a number"]),
     "no teacher_steps": (config(teacher_steps=0), ["teacher_steps=0", "from 1 to 1000"]),
     "teacher_steps 1.5": (config(teacher_steps=1.5), ["teacher_steps=1.5", "from 1 to 1000"]),
+    "teacher_steps 1.0": (config(teacher_steps=1.0), ["teacher_steps=1.0", "from 1 to 1000"]),
     "teacher_steps of nfsd": (
         config(weight="nfsd", teacher_steps=2),
         ["teacher_steps=2", "from 1 to 1"],
