@@ -2,6 +2,8 @@
 
 import torch
 
+from add import randn_like
+
 T_MAX = 600  # of 1000: beyond, little of an image is left to judge
 
 
@@ -13,5 +15,4 @@ def readout(tokens):
 def noised(schedule, x_0, generator):
     """(x_t, t): each of x_0 (B, C, H, W) diffused to its own t, uniform over 0…T_MAX-1 (LADD)."""
     t = torch.randint(T_MAX, (len(x_0),), device=x_0.device, generator=generator)
-    noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
-    return schedule.diffuse(x_0, noise, t), t
+    return schedule.diffuse(x_0, randn_like(x_0, generator), t), t

@@ -83,6 +83,16 @@ def add_flags(parser, settings_class, default="default"):
         )
 
 
+def add_page_flags(parser):
+    """--host and --port of a demo's page."""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="who may see the page (default: 127.0.0.1, this machine alone)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
+
+
 def from_dict(settings_class, values):
     """Settings from config.json's dictionary: lists become tuples. ValueError for a name that is no
     setting, or a value of another type than its setting's."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.flags import add_page_flags
 from full.pictures import PROMPTS
 from full.sample import DTYPES, call_of, place
 
@@ -25,12 +26,7 @@ def parse_arguments(argv):
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
     parser.add_argument("--device", help="default: cuda if it is there, else cpu")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="who may see the page (default: 127.0.0.1, this machine alone)",
-    )
-    parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
+    add_page_flags(parser)
     return parser.parse_args(argv)
 
 

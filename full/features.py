@@ -104,15 +104,8 @@ def encode(unet, x_t, t, cond):
     embedding = embedding if more is None else embedding + more
     h, maps = unet.conv_in(x_t), []
     for block in (*unet.down_blocks, unet.mid_block):
-        h = block(
-            h,
-            embedding,
-            **(
-                {"encoder_hidden_states": text}
-                if getattr(block, "has_cross_attention", False)
-                else {}
-            ),
-        )
+        attends = getattr(block, "has_cross_attention", False)
+        h = block(h, embedding, **({"encoder_hidden_states": text} if attends else {}))
         h = h[0] if isinstance(h, tuple) else h  # a down block gives its skips, too
         maps.append(h)
     return maps

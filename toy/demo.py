@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoints import CheckpointError, one_line, read_last
+from common.flags import add_page_flags
 from toy.distil import load_student
 from toy.loop import TrainingError
 from toy.pictures import tile
@@ -34,12 +35,7 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished toy/run.py")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="who may see the page (default: 127.0.0.1, this machine alone)",
-    )
-    parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
+    add_page_flags(parser)
     return parser.parse_args(argv)
 
 

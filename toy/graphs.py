@@ -14,7 +14,7 @@ def recorded(device, generators=(), modules=()):
     call. Without CUDA the function stays what it is.
 
     The function may not wait for the GPU, and draws from `generators` alone. It may change buffers
-    of `modules`. Arguments that are no tensors are those of the first call for ever.
+    of `modules`. Arguments that are not tensors stay those of the first call.
     """
     if device.type != "cuda":
         return lambda function: function
