@@ -245,7 +245,7 @@ class Student(nn.Module):
 
 # 4. Discriminator (§3.2; StyleGAN-T, Sauer et al. 2023): heads on a frozen network's features =====
 class LocalBatchNorm(nn.Module):
-    """Batch norm of (B, C, N) over groups of at most 8 samples, which differ by one sample if 8
+    """Batch norm of (C, B, N) over groups of at most 8 samples, which differ by one sample if 8
     does not divide B; without running statistics."""
 
     def __init__(self, channels, group_size=8, eps=1e-5):
@@ -255,17 +255,29 @@ class LocalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def _normalize(self, x, groups):  # as a layer norm over (b N), which is fused
-        rows = rearrange(x, "(g b) c n -> g c (b n)", g=groups)
-        rows = functional.layer_norm(rows, rows.shape[-1:], eps=self.eps)
-        return rearrange(rows, "g c (b n) -> (g b) c n", b=len(x) // groups)
+        rows = rearrange(x, "c (g b) n -> c g (b n)", g=groups)
+        return functional.layer_norm(rows, rows.shape[-1:], eps=self.eps).reshape(x.shape)
 
     def forward(self, x):
-        groups = math.ceil(len(x) / self.group_size)
-        if len(x) % groups:
-            x = torch.cat([self._normalize(part, 1) for part in x.tensor_split(groups)])
+        groups = math.ceil(x.shape[1] / self.group_size)
+        if x.shape[1] % groups:
+            parts = x.tensor_split(groups, dim=1)
+            x = torch.cat([self._normalize(part, 1) for part in parts], dim=1)
         else:
             x = self._normalize(x, groups)
-        return x * self.weight[:, None] + self.bias[:, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class CircularConv(nn.Conv1d):
+    """Circular convolution over N of (C, B, N)."""
+
+    def forward(self, x):
+        weight, right = self.weight, self.kernel_size[0] // 2
+        if not right:  # as one matrix product
+            flat = torch.addmm(self.bias[:, None], weight[:, :, 0], x.flatten(1))
+            return flat.view(-1, *x.shape[1:])
+        x = functional.pad(x, (self.kernel_size[0] - 1 - right, right), mode="circular")
+        return functional.conv2d(x[None], weight[:, :, None], self.bias)[0]
 
 
 class DiscriminatorHead(nn.Module):
@@ -282,32 +294,33 @@ class DiscriminatorHead(nn.Module):
         hidden, self.conditional = hidden or channels, bool(text_dim or image_dim)
 
         def block(c_in, kernel):
-            conv = nn.Conv1d(c_in, hidden, kernel, padding="same", padding_mode="circular")
-            return nn.Sequential(spectral_norm(conv), LocalBatchNorm(hidden), nn.LeakyReLU(0.2))
+            conv = spectral_norm(CircularConv(c_in, hidden, kernel))
+            return nn.Sequential(conv, LocalBatchNorm(hidden), nn.LeakyReLU(0.2))
 
         self.first, self.residual = block(channels, 1), block(hidden, kernel)
-        self.last = spectral_norm(nn.Conv1d(hidden, c_map if self.conditional else 1, 1))
+        self.last = spectral_norm(CircularConv(hidden, c_map if self.conditional else 1, 1))
         widths = {"c_text": text_dim, "c_img": image_dim}
         self.maps = nn.ParameterDict({k: torch.randn(c_map, w) for k, w in widths.items() if w})
         # With it a condition of zeros (c_img at τ_n) still leaves a logit.
         self.unconditional = nn.Parameter(torch.randn(c_map)) if self.conditional else None
 
     def forward(self, tokens, c_text=None, c_img=None):
-        h = self.first(rearrange(tokens, "b n c -> b c n"))
+        # Channels first: then a group of the norm lies together, and nothing has to be copied.
+        h = self.first(rearrange(tokens, "b n c -> c b n"))
         h = (h + self.residual(h)) / math.sqrt(2)
-        h = self.last(h)  # (B, c_map or 1, N)
+        h = self.last(h)  # (c_map or 1, B, N)
         if not self.conditional:
-            return h[:, 0]
-        projection = self.unconditional.expand(len(h), -1)  # (B, c_map)
+            return h[0]
+        projection = self.unconditional.expand(len(tokens), -1)  # (B, c_map)
         for name, c in (("c_text", c_text), ("c_img", c_img)):
             if name in self.maps:
                 width = self.maps[name].shape[1]
-                if c is None or c.shape != (len(h), width):
+                if c is None or c.shape != (len(tokens), width):
                     got = None if c is None else tuple(c.shape)
-                    raise ValueError(f"{name} is {got}; this head needs {(len(h), width)}")
+                    raise ValueError(f"{name} is {got}; this head needs {(len(tokens), width)}")
                 # Unit normal weights, scaled in use: Adam moves wide and narrow maps at one pace.
                 projection = projection + functional.linear(c, self.maps[name]) / math.sqrt(width)
-        return (h * projection[:, :, None]).sum(1) / math.sqrt(h.shape[1])
+        return (h * projection.T[:, :, None]).sum(0) / math.sqrt(len(h))
 
 
 class DiscriminatorHeads(nn.ModuleList):

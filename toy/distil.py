@@ -92,8 +92,7 @@ def distil(stage, teacher, features):
     add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
-    betas, fused = (settings.distil_beta1, 0.99), device.type == "cuda"
-    adam = partial(torch.optim.Adam, betas=betas, fused=fused)
+    adam = partial(torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=True)
     student_optimizer = adam(network.parameters(), settings.distil_student_lr)
     heads_optimizer = adam(heads.parameters(), settings.distil_heads_lr)
     lr = [

@@ -102,9 +102,9 @@ class Settings:
     )
     features_steps: int = option(600, "its training steps", limits=COUNT)
 
-    distil_steps: int = option(1200, "ADD iterations", limits=COUNT)
-    distil_batch: int = option(64, "their batch size", limits=COUNT)
-    distil_student_lr: float = option(2e-4, "the student's learning rate", limits=RATE)
+    distil_steps: int = option(2400, "ADD iterations", limits=COUNT)
+    distil_batch: int = option(32, "their batch size", limits=COUNT)
+    distil_student_lr: float = option(1e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(4e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(
@@ -202,7 +202,9 @@ PRESETS = {
         features_depth=4,
         features_steps=1000,
         distil_steps=4000,
-        distil_ema=20_000,
+        distil_batch=64,
+        distil_ema=40_000,
+        distil_guidance=2.0,
         eval_images=2000,
         eval_search_steps=0,
     ),
@@ -220,7 +222,6 @@ PRESETS = {
         features_width=192,
         distil_steps=20_000,
         distil_batch=256,
-        distil_student_lr=1e-4,
         distil_heads_lr=1e-4,
         distil_ema=100_000,
         distil_head_width=128,

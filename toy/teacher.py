@@ -90,9 +90,7 @@ def train_teacher(stage):
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
     ema = make_ema(network, settings.teacher_batch, settings.teacher_ema)
-    optimizer = torch.optim.Adam(
-        network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.Adam(network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=True)
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     flip, share = settings.flip == "true", settings.teacher_label_dropout

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from add import (
+    CircularConv,
     Discriminator,
     DiscriminatorHead,
     DiscriminatorHeads,
@@ -54,35 +55,44 @@ GROUPS = {
 @pytest.mark.parametrize("batch", GROUPS)
 def test_local_batch_norm_is_batch_norm_of_each_group(batch):
     """Against torch's own, group by group; the scale and shift are one for all."""
-    norm, x = LocalBatchNorm(3).double(), 3 * randn(batch, 3, 5) + 2
+    norm, x = LocalBatchNorm(3).double(), 3 * randn(3, batch, 5) + 2
     nn.init.uniform_(norm.weight, 0.5, 2)
     nn.init.uniform_(norm.bias, -1, 1)
     scale, shift = norm.weight, norm.bias
     expected = [
         functional.batch_norm(group, None, None, scale, shift, training=True)
-        for group in x.split(GROUPS[batch])
+        for group in x.transpose(0, 1).split(GROUPS[batch])
     ]
-    torch.testing.assert_close(norm(x), torch.cat(expected))
+    expected = torch.cat(expected).transpose(0, 1)
+    torch.testing.assert_close(norm(x), expected)
     norm.eval()  # there are no running statistics
-    torch.testing.assert_close(norm(x), torch.cat(expected))
+    torch.testing.assert_close(norm(x), expected)
 
 
 @pytest.mark.parametrize("batch", [16, 17])
 def test_statistics_never_leak_across_groups(batch):
     """With other images in the last group the first groups' output stays bit for bit, and has no
     gradient for them."""
-    norm, x = LocalBatchNorm(3).double(), randn(batch, 3, 5).requires_grad_()
+    norm, x = LocalBatchNorm(3).double(), randn(3, batch, 5).requires_grad_()
     first = batch - GROUPS[batch][-1]
-    other = torch.cat([x[:first], 10 * x[first:] + 3])
-    assert torch.equal(norm(x)[:first], norm(other)[:first])
-    (gradient,) = torch.autograd.grad((norm(x)[:first] ** 3).sum(), x)
-    assert gradient[:first].abs().min() > 0 and (gradient[first:] == 0).all()
+    other = torch.cat([x[:, :first], 10 * x[:, first:] + 3], dim=1)
+    assert torch.equal(norm(x)[:, :first], norm(other)[:, :first])
+    (gradient,) = torch.autograd.grad((norm(x)[:, :first] ** 3).sum(), x)
+    assert gradient[:, :first].abs().min() > 0 and (gradient[:, first:] == 0).all()
 
 
 def test_group_size_is_an_argument():
-    x = randn(8, 3, 5)
+    x = randn(3, 8, 5)
     fours, eights = LocalBatchNorm(3, group_size=4).double(), LocalBatchNorm(3).double()
-    torch.testing.assert_close(fours(x)[4:], eights(x[4:]))
+    torch.testing.assert_close(fours(x)[:, 4:], eights(x[:, 4:]))
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 9])
+def test_circular_convolution_is_torchs(kernel):
+    ours, x = CircularConv(4, 3, kernel).double(), randn(4, 5, 11)
+    theirs = nn.Conv1d(4, 3, kernel, padding="same", padding_mode="circular").double()
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x.transpose(0, 1)).transpose(0, 1))
 
 
 # --- heads ----------------------------------------------------------------------------------------
@@ -103,7 +113,7 @@ def test_projection_by_hand():
     """c_map = 2, h = (3, 5), unconditional (1, 2), text 4 · (1, 0), image 2 · (0, 1):
     (3 · 5 + 5 · 4) / √2."""
     head = DiscriminatorHead(1, text_dim=1, image_dim=1, hidden=1, kernel=1, c_map=2).double()
-    head.last = nn.Conv1d(1, 2, 1).double()
+    head.last = CircularConv(1, 2, 1).double()
     with torch.no_grad():
         head.last.weight.zero_()
         head.last.bias.copy_(torch.tensor([3.0, 5.0]))
@@ -122,7 +132,7 @@ def test_a_condition_of_mean_square_one_has_a_projection_of_mean_square_one(widt
 
     class UnitVectors(nn.Module):
         def forward(self, h):
-            return torch.eye(4000)[None]
+            return torch.eye(4000)[:, None]
 
     torch.manual_seed(0)
     head = DiscriminatorHead(1, text_dim=width, hidden=1, kernel=1, c_map=4000)
