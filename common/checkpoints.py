@@ -21,12 +21,20 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message is one line."""
 
 
+# What stops a run: Ctrl-C, a scheduler, and the timer of --max-minutes.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+def _name(number):
+    return "--max-minutes" if number == signal.SIGALRM else signal.Signals(number).name
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM: once what was under way has been saved or, on a second one, at once. .code
-    is the exit code that says which signal."""
+    """One of STOPPING came: raised once what was under way has been saved or, on a second one, at
+    once. .code is the exit code that says which signal."""
 
     def __init__(self, number, unsaved=False):
-        name = signal.Signals(number).name
+        name = _name(number)
         super().__init__(f"a second {name}, unsaved" if unsaved else name)
         self.code = 128 + number
 
@@ -175,8 +183,8 @@ def peak_memory(device):
 
 @contextmanager
 def postponed_signals():
-    """No step is cut in half: inside, the first SIGINT or SIGTERM only fills the list that this
-    yields, and says so. A second one stops at once."""
+    """No step is cut in half: inside, the first of STOPPING only fills the list that this yields,
+    and says so. A second one stops at once."""
     received = []
 
     def handler(number, frame):
@@ -185,13 +193,12 @@ def postponed_signals():
         received.append(number)
         # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed
         # the pipe's other end, too.
-        name = signal.Signals(number).name
+        name = _name(number)
         words = f"\n{name}: saving after this step; once more stops at once, unsaved\n"
         with suppress(OSError):
             os.write(2, words.encode())
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield received
     finally:
@@ -200,10 +207,10 @@ def postponed_signals():
 
 
 def stop_on_signals():
-    """SIGINT and SIGTERM raise Stopped wherever the program is: for the time between loops."""
+    """Each of STOPPING raises Stopped wherever the program is: for the time between loops."""
 
     def handler(number, frame):
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, handler)

@@ -81,11 +81,10 @@ def make_batch(images, labels, features, classes, settings):
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def distil(stage, teacher, features):
-    """(student with the EMA weights, seconds); also writes folder/student.pt, all that
-    toy/sample.py needs."""
+def prepare(stage, teacher, features):
+    """(student, parts, step) for run_loop: the networks, optimisers and draws of a training, and
+    its step."""
     data, settings, device = stage.data, stage.settings, stage.device
-    torch.manual_seed(settings.seed + 4)
     classes, steps = len(data.classes), settings.distil_steps
     student = make_student(teacher, settings)
     generator = torch.Generator(device).manual_seed(settings.seed + 4)
@@ -147,8 +146,18 @@ def distil(stage, teacher, features):
     }
     if hasattr(features, "generator"):  # F that diffuses what it sees
         parts["features_generator"] = GeneratorState(features.generator)
-    seconds = run_loop(stage, "ADD", parts, step, steps)
-    network.load_state_dict(ema.module.state_dict())
+    return student, parts, step
+
+
+def distil(stage, teacher, features):
+    """(student with the EMA weights, seconds); also writes folder/student.pt, all that
+    toy/sample.py needs."""
+    data, settings = stage.data, stage.settings
+    torch.manual_seed(settings.seed + 4)
+    student, parts, step = prepare(stage, teacher, features)
+    seconds = run_loop(stage, "ADD", parts, step, settings.distil_steps)
+    network = student.denoiser.network
+    network.load_state_dict(parts["ema"].module.state_dict())
     state = {
         "settings": dataclasses.asdict(settings),
         "classes": list(data.classes),

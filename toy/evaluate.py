@@ -6,17 +6,12 @@ from functools import partial
 import torch
 
 from add import ddim
+from common.timing import synchronize
 from toy.data import to_float
 from toy.metrics import embed, frechet_distance, measure
 from toy.samplers import balanced_labels, dpm_solver, noise_for, sample_student, sample_teacher
 
 SOLVER_STEPS = 10  # of DPM-Solver++, about as good as 50 of DDIM
-
-
-def synchronize(device):
-    """Wait for a GPU, so that a clock read next means something."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def evaluate(data, settings, metric_net, teacher, started, student, device):

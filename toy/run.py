@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -63,11 +64,18 @@ def parse_arguments(argv):
         "--resume", action="store_true", help="go on with an interrupted run, with its settings"
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=0,
+        help="stop after so many minutes, saved as by Ctrl-C, with exit code 142; --resume goes on "
+        "(default: no limit)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_argument_group("settings (what is not given comes from the preset)")
     add_flags(group, Settings, "cpu preset")
     arguments = parser.parse_args(argv)
-    own = {"preset", "device", "out", "resume", "threads", "debug"}
+    own = {"preset", "device", "out", "resume", "threads", "max_minutes", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
 
 
@@ -202,10 +210,13 @@ def run(arguments, given):
 
 def main(argv=None):
     """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by
-    SIGTERM, after saving (a second one: at once)."""
+    SIGTERM, 142 by --max-minutes, after saving (a second one: at once)."""
     arguments, given = parse_arguments(argv)
     stop_on_signals()
     try:
+        if not 0 <= arguments.max_minutes < 1e6:
+            raise ValueError(f"--max-minutes {arguments.max_minutes:g}: must be 0 to a million")
+        signal.setitimer(signal.ITIMER_REAL, 60 * arguments.max_minutes)
         folder, results, preset = run(arguments, given)
     except Stopped as stopped:
         later = "the same command with --resume goes on from the last checkpoint"
@@ -216,6 +227,8 @@ def main(argv=None):
             raise
         print(f"toy/run.py: {one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     print("\n".join(["", *report.table(results), ""]))
     for what, value, goal, met in report.goals(results, preset):
         print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")

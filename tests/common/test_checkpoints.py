@@ -154,18 +154,25 @@ def test_kill_9_while_writing_loses_one_checkpoint_at_the_most(tmp_path):
         assert told <= state["step"] <= told + 1 and (state["weights"] == state["step"]).all()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_waits_and_the_second_stops(number, code, capfd):
+@pytest.mark.parametrize(
+    "number, name, code",
+    [
+        (signal.SIGINT, "SIGINT", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGALRM, "--max-minutes", 142),
+    ],
+)
+def test_the_first_signal_waits_and_the_second_stops(number, name, code, capfd):
     before = signal.getsignal(number)
     with postponed_signals() as received:
         signal.raise_signal(number)
         assert received == [number]
-        assert f"{signal.Signals(number).name}: saving after this step" in capfd.readouterr().err
+        assert f"{name}: saving after this step" in capfd.readouterr().err
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(number)
     assert stopped.value.code == code
-    assert str(stopped.value) == f"a second {signal.Signals(number).name}, unsaved"
-    assert str(Stopped(number)) == signal.Signals(number).name
+    assert str(stopped.value) == f"a second {name}, unsaved"
+    assert str(Stopped(number)) == name
     assert signal.getsignal(number) is before
 
 

@@ -99,6 +99,15 @@ def test_a_signal_from_outside_stops_a_run_after_saving(tmp_path):
     assert 0 < state["step"] < 60 and not state["finished"]
 
 
+def test_max_minutes_stops_a_run_after_saving(tmp_path, capsys):
+    flags = ["--metric-steps", "1000000", "--out", str(tmp_path)]
+    assert run.main([*TINY, *flags, "--max-minutes", "0.05"]) == 142
+    assert "stopped by --max-minutes; the same command with --resume" in capsys.readouterr().err
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert run.main([*TINY, *flags, "--max-minutes", "-1"]) == 2
+    assert "--max-minutes -1: must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [

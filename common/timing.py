@@ -1,0 +1,146 @@
+"""What the benchmarks share: clocks that take turns, floating-point operations, a machine's limits,
+tables."""
+
+import gc
+import math
+import platform
+import statistics
+import time
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+def synchronize(device):
+    """Wait for a GPU, so that a clock read next means something."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def alternate(functions, device, repeats=7, least=0.05):
+    """{name: [seconds of a call, one for each round]} of functions without arguments.
+
+    In every round each is called in turn, for at least `least` seconds, so that a slow moment of
+    the machine meets all of them.
+    """
+
+    def clock(function, calls):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize(device)
+        return (time.perf_counter() - began) / calls
+
+    calls = {}
+    for name, function in functions.items():
+        clock(function, 1)  # libraries choose their algorithms, a GPU records
+        calls[name] = max(1, math.ceil(least / clock(function, 1)))
+    seconds = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, function in functions.items():
+                seconds[name].append(clock(function, calls[name]))
+    finally:
+        gc.enable()
+    return seconds
+
+
+def quartiles(values):
+    """(first quartile, median, third quartile); of one value three times it."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratios(numerator, denominator):
+    """Quotients of two functions' seconds, round by round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+class Meter(TorchDispatchMode):
+    """Counts, of what runs inside, floating-point operations (`flops`: matrix products,
+    convolutions, attention) and the bytes of the tensors made there that live at the same time
+    (`peak`). PyTorch's FlopCounterMode refuses autograd.grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.live, self.peak, self.storages = 0, 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in inputs | self.storages.keys():
+                    self._add(storage, storage._cdata, storage.nbytes())
+        return out
+
+    def _add(self, storage, key, size):
+        def drop(_):
+            del self.storages[key]
+            self.live -= size
+
+        self.storages[key] = weakref.ref(storage, drop)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def measure(function):
+    """(floating-point operations, most bytes of tensors at once) of a call."""
+    with Meter() as meter:
+        function()
+    return meter.flops, meter.peak
+
+
+def limits(device, dtype, size=None):
+    """{name: function}: a matrix product and a convolution, large enough to show what the machine
+    can do with numbers of that type."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(32, size // 8, 32, 32, device=device, dtype=dtype)
+    w = torch.randn(size // 8, size // 8, 3, 3, device=device, dtype=dtype)
+    return {
+        f"matrix product, {size}": lambda: a @ b,
+        f"convolution 3×3, {size // 8} channels": lambda: torch.conv2d(x, w, padding=1),
+    }
+
+
+def exponent(sizes, seconds):
+    """p of the fit seconds = a · sizes^p, by least squares in the logarithms."""
+    x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
+    return statistics.linear_regression(x, y).slope
+
+
+def machine(device):
+    """One line: the device, its threads, PyTorch's version."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def table(head, rows):
+    """Lines of a Markdown table; the cells are strings or numbers."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def milliseconds(values):
+    """Median and quartiles of seconds, as a cell."""
+    low, middle, high = (f"{1e3 * value:.3g}" for value in quartiles(values))
+    return f"{middle} ({low} to {high})"
+
+
+def times(values):
+    """Median and quartiles of ratios, as a cell."""
+    low, middle, high = (f"{value:.2f}" for value in quartiles(values))
+    return f"{middle} ({low} to {high})"

@@ -1,0 +1,352 @@
+"""What a training step and a sample cost beside the bare networks in them: python toy/bench.py
+
+Everything is measured in one process, in turns. The networks have random weights. Writes NAME.json
+and NAME.md.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from add import hinge_discriminator, hinge_student, r1, randn_like
+from common import timing
+from common.checkpoints import one_line, write_text
+from toy.data import Dataset, to_float
+from toy.distil import make_batch, prepare
+from toy.features import TeacherEncoder
+from toy.graphs import recorded
+from toy.loop import Stage
+from toy.networks import has_bf16
+from toy.run import pick_device
+from toy.samplers import sample_student, sample_teacher
+from toy.settings import PRESETS, Settings
+from toy.teacher import Standardize, make_denoiser
+
+CLASSES, CHANNELS = 10, 1
+SECTIONS = ("step", "sampling", "limits", "growth", "memory")
+
+
+class Bench:
+    """The networks of a run at some settings, a batch of noise for data, and every piece of an
+    iteration as a function without arguments."""
+
+    def __init__(self, settings, device):
+        self.settings, self.device = settings, device
+        torch.manual_seed(0)
+        size, batch = settings.size, settings.distil_batch
+        images = torch.randint(256, (max(512, batch), CHANNELS, size, size), dtype=torch.uint8)
+        labels = torch.arange(len(images)) % CLASSES
+        classes = tuple("0123456789")
+        data = Dataset("noise", images, labels, images, labels, classes)
+        self.teacher = make_denoiser(CHANNELS, CLASSES, settings, Standardize(0, 0.5)).to(device)
+        for parameter in self.teacher.parameters():  # where training starts from zeros, too
+            torch.nn.init.normal_(parameter, std=0.05)
+        self.teacher.eval().requires_grad_(False)
+        self.features = TeacherEncoder(self.teacher, seed=0)
+        stage = Stage(None, data, settings, device, key="")
+        self.student, self.parts, step = prepare(stage, self.teacher, self.features)
+        self.step = partial(step, 0)
+        self.x_0 = to_float(images[:batch]).to(device)
+        self.labels = labels[:batch].to(device)
+        self.t = torch.full((batch,), 500, device=device)
+
+    def record(self, function):
+        """The function as a step of the loop would run it: recorded, on a GPU."""
+        replay = recorded(self.device, [self.features.generator], [self.parts["heads"]])
+        return replay(function)
+
+    def pieces(self):
+        """{name: function} of the floor: what an iteration cannot do without."""
+        settings, heads, features = self.settings, self.parts["heads"], self.features
+        network, x, labels, t = self.student.denoiser.network, self.x_0, self.labels, self.t
+        batch = make_batch(x, labels, features, CLASSES, settings)
+        conditions = (batch.c_text, batch.c_img)
+        gradient = torch.randn_like(x)
+        tokens = [h.detach() for h in features(x)]
+        gradients = [torch.randn_like(h) for h in tokens]
+
+        def leaves():
+            return [h.clone().requires_grad_() for h in tokens]
+
+        def student():
+            network.zero_grad()
+            network(x, t, labels).backward(gradient)
+
+        def teacher():
+            with torch.no_grad():
+                self.teacher.network(x, t, labels)
+
+        def generated():
+            torch.autograd.backward(features(x.clone().requires_grad_()), gradients)
+
+        def real():
+            with torch.no_grad():
+                features(x)
+
+        def c_img():
+            with torch.no_grad():
+                features.summary(x)
+
+        def heads_of_the_student():
+            heads.requires_grad_(False)
+            hinge_student(heads(leaves(), *conditions)).mean().backward()
+            heads.requires_grad_(True)
+
+        def heads_of_their_own():
+            heads.zero_grad()
+            inputs = leaves()
+            with torch.nn.utils.parametrize.cached():
+                real, fake = heads(inputs, *conditions), heads(tokens, *conditions)
+            hinge = hinge_discriminator(real, fake)
+            (hinge.mean() + settings.distil_gamma * r1(real, inputs).mean()).backward()
+
+        def optimizers():
+            self.parts["student_optimizer"].step()
+            self.parts["heads_optimizer"].step()
+
+        self.step()  # gives every parameter a gradient
+        pieces = {
+            "student, forward and backward": student,
+            "teacher, forward": teacher,
+            "F, forward and backward, generated images": generated,
+            "F, forward, real images": real,
+            "F, forward, for c_img": c_img,
+            "heads, student's half": heads_of_the_student,
+            "heads, their half": heads_of_their_own,
+        }
+        pieces = {name: self.record(function) for name, function in pieces.items()}
+        average = partial(self.parts["ema"].update_parameters, network)
+        return pieces | {"optimisers": optimizers, "moving average": average}
+
+    def naive(self):
+        """An iteration as public re-implementations write it: the student runs again for the
+        heads' half, F sees its images twice, R1 goes through F to the pixels, the moving average
+        and the log go value by value."""
+        settings, heads, features = self.settings, copy.deepcopy(self.parts["heads"]), self.features
+        student = copy.deepcopy(self.student)
+        network, teacher = student.denoiser.network, self.teacher
+        average = copy.deepcopy(network)
+        optimizers = [
+            torch.optim.Adam(p.parameters(), 1e-5, (0.0, 0.99), foreach=False)
+            for p in (network, heads)
+        ]
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def iteration():
+            x_0, labels = self.x_0, self.labels
+            batch = make_batch(x_0, labels, features, CLASSES, settings)
+            s = student.draw_timesteps(len(x_0), x_0.device, generator)
+            z_0 = student.denoiser.encode(x_0)
+            x_s = student.diffuse(z_0, randn_like(z_0, generator), s)
+            unseen = student.is_terminal(s)[:, None]
+            conditions = batch.c_text, batch.c_img.masked_fill(unseen, 0)
+
+            z = student(x_s, s, labels)
+            x_hat = student.denoiser.decode(z)
+            heads.requires_grad_(False)
+            logits = heads(features(x_hat), *conditions)
+            adversarial = hinge_student(logits).mean()
+            heads.requires_grad_(True)
+            t = torch.randint(len(teacher.schedule), (len(x_0),), generator=generator).to(
+                x_0.device
+            )
+            with torch.no_grad():
+                z_t = teacher.schedule.diffuse(z, randn_like(z, generator), t)
+                target = teacher.decode(teacher(z_t, t, labels))
+                c_t = teacher.schedule.coefficients(t)[0].flatten()
+            distillation = (c_t * (x_hat - target).square().flatten(1).mean(1)).mean()
+            optimizers[0].zero_grad()
+            (adversarial + settings.distil_lambda * distillation).backward()
+            optimizers[0].step()
+
+            with torch.no_grad():
+                fake = features(student.denoiser.decode(student(x_s, s, labels)))
+            pixels = x_0.clone().requires_grad_()
+            real = heads(features(pixels), *conditions)
+            hinge = hinge_discriminator(real, heads(fake, *conditions)).mean()
+            total = sum(logits.sum() for logits in real)
+            (slope,) = torch.autograd.grad(total, pixels, create_graph=True)
+            penalty = slope.square().flatten(1).sum(1).mean()
+            optimizers[1].zero_grad()
+            (hinge + settings.distil_gamma * penalty).backward()
+            optimizers[1].step()
+            with torch.no_grad():
+                for mine, its in zip(average.parameters(), network.parameters(), strict=True):
+                    mine.mul_(0.999).add_(its, alpha=0.001)
+            return [value.item() for value in (adversarial, distillation, hinge, penalty)]
+
+        return iteration
+
+
+def step(bench, repeats):
+    """The ADD step against its floor, and against a naive one."""
+    pieces = bench.pieces()
+    functions = pieces | {"ADD step": bench.step, "naive step": bench.naive()}
+    seconds = timing.alternate(functions, bench.device, repeats)
+    floor = [sum(values) for values in zip(*(seconds[name] for name in pieces), strict=True)]
+    seconds = seconds | {"sum of the pieces": floor}
+    ours = seconds["ADD step"]
+    against = {
+        "ADD step / sum of the pieces": timing.ratios(ours, floor),
+        "naive step / ADD step": timing.ratios(seconds["naive step"], ours),
+    }
+    rows = [[name, timing.milliseconds(seconds[name])] for name in seconds]
+    lines = timing.table(["", "ms"], rows) + [""]
+    lines += timing.table(["", "×"], [[name, timing.times(v)] for name, v in against.items()])
+    return {"seconds": seconds, "ratios": against}, lines
+
+
+def sampling(bench, repeats):
+    """The student's steps against bare passes of its network, and the teacher at several steps."""
+    x, labels, t = bench.x_0, bench.labels, bench.t
+    student, network = bench.student.eval(), bench.student.denoiser.network
+
+    def passes(count):
+        with torch.no_grad():
+            for _ in range(count):
+                network(x, t, labels)
+
+    functions = {}
+    for k in (1, 2, 4):
+        functions[f"student, {k}"] = partial(sample_student, student, x, labels, k, 0)
+        functions[f"bare passes, {k}"] = partial(passes, k)
+    for k in (8, 25, 50):
+        functions[f"teacher, {k}, guidance 2"] = partial(
+            sample_teacher, bench.teacher, x, labels, k, 2.0
+        )
+    seconds = timing.alternate(functions, bench.device, repeats)
+    one = seconds["student, 1"]
+    against = {
+        f"student, {k} / bare passes": timing.ratios(
+            seconds[f"student, {k}"], seconds[f"bare passes, {k}"]
+        )
+        for k in (1, 2, 4)
+    }
+    for k in (8, 25, 50):
+        name = f"teacher, {k}, guidance 2"
+        against[f"{name} / student, 1"] = timing.ratios(seconds[name], one)
+    rows = [[name, timing.milliseconds(values)] for name, values in seconds.items()]
+    lines = timing.table([f"{len(x)} images", "ms"], rows) + [""]
+    lines += timing.table(["", "×"], [[name, timing.times(v)] for name, v in against.items()])
+    return {"seconds": seconds, "ratios": against}, lines
+
+
+def limits(bench, repeats):
+    """Achieved FLOP/s of each piece beside a matrix product and a convolution of its type."""
+    dtype = torch.bfloat16 if bench.settings.precision == "bf16" else torch.float32
+    pieces = {k: f for k, f in bench.pieces().items() if k not in ("optimisers", "moving average")}
+    functions = timing.limits(bench.device, dtype) | pieces
+    flops = {name: timing.measure(function)[0] for name, function in functions.items()}
+    seconds = timing.alternate(functions, bench.device, repeats)
+    speed = {name: flops[name] / statistics.median(seconds[name]) for name in functions}
+    most = max(speed[name] for name in functions if name not in pieces)
+    rows = [
+        [name, f"{flops[name] / 1e9:.2f}", f"{speed[name] / 1e9:.1f}", f"{speed[name] / most:.0%}"]
+        for name in functions
+    ]
+    head = [f"{str(dtype).removeprefix('torch.')}", "GFLOP", "GFLOP/s", "of the machine's"]
+    return {"flops": flops, "flops_per_second": speed}, timing.table(head, rows)
+
+
+def growth(bench, repeats):
+    """How the ADD step's time grows with the batch, the image and the network."""
+    base, variants = bench.settings, {}
+    for batch in (1, 8, 32, 128, 512):
+        variants["batch", batch] = dict(distil_batch=batch)
+    for size in (16, 32, 64):
+        variants["image side", size] = dict(size=size)
+    for factor in (1, 2, 4, 8):  # of the network's operations: channels grow by the root
+        widths = tuple(8 * round(w * factor**0.5 / 8) for w in base.teacher_widths)
+        variants["network ×", factor] = dict(teacher_widths=widths)
+    make = {
+        key: Bench(dataclasses.replace(base, **change), bench.device)
+        for key, change in variants.items()
+    }
+    functions = {key: other.step for key, other in make.items()}
+    seconds = timing.alternate(functions, bench.device, repeats)
+    rows, fits = [], {}
+    for what in dict.fromkeys(kind for kind, _ in variants):
+        sizes = [size for kind, size in variants if kind == what]
+        medians = [statistics.median(seconds[what, size]) for size in sizes]
+        fits[what] = timing.exponent(sizes[-3:], medians[-3:])
+        for size in sizes:
+            rows.append([f"{what} {size}", timing.milliseconds(seconds[what, size]), ""])
+        rows[-1][-1] = f"{fits[what]:.2f}"
+    stored = {f"{what} {size}": values for (what, size), values in seconds.items()}
+    head = ["", "ms", "exponent of the last three"]
+    return {"seconds": stored, "exponents": fits}, timing.table(head, rows)
+
+
+def memory(bench, repeats):
+    """The tensors that live at once, of each piece and of the ADD step."""
+    functions = bench.pieces() | {"ADD step": bench.step}
+    bench.step()  # the optimisers' state and the gradients are there before
+    peaks = {name: timing.measure(function)[1] for name, function in functions.items()}
+    parameters = (*bench.student.parameters(), *bench.parts["heads"].parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    rows = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]
+    rows.append(["for scale: the weights that are trained", f"{size / 2**20:.1f}"])
+    return peaks, timing.table(["", "MiB"], rows)
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="toy/bench.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
+    parser.add_argument(
+        "--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="default: all of them"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("speed-toy"), help="NAME (default: speed-toy)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Exit codes: 0 done, 2 a user's mistake (one line says which)."""
+    arguments = parse_arguments(argv)
+    try:
+        if arguments.repeats < 1:
+            raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        device = pick_device(arguments.device)
+        precision = "bf16" if has_bf16(device) else "fp32"
+        settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
+        bench = Bench(settings, device)
+        command = (
+            "python toy/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
+        ).strip()
+        lines = [f"`{command}`, {timing.machine(device)}, {precision}."]
+        lines += ["Medians and quartiles.", ""]
+        stored = {"command": command, "machine": timing.machine(device), "precision": precision}
+        for name in arguments.only:
+            section = globals()[name]
+            stored[name], rows = section(bench, arguments.repeats)
+            lines += [f"**{section.__doc__.split(chr(10))[0]}**", "", *rows, ""]
+            print("\n".join(lines[-len(rows) - 3 :]), flush=True)
+        write_text(arguments.out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+        write_text(arguments.out.with_suffix(".md"), "\n".join(lines))
+    except (ValueError, OSError) as error:
+        print(f"toy/bench.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
