@@ -3,8 +3,6 @@
 import time
 from functools import partial
 
-import torch
-
 from add import ddim
 from common.timing import synchronize
 from toy.data import to_float
