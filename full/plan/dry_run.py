@@ -20,10 +20,9 @@ from add import ADD, Student
 from full.backbones import Float32Conv2d, make_student_denoiser, make_teacher
 from full.parts import Ema
 from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
+from full.plan.labels import HEADS, Labelled
 from full.settings import torch_dtype
-from full.train import Trainer
 
-STUDENT, HEADS, STEP = "student", "heads, R1, losses", "optimisers, average"
 aten = torch.ops.aten
 
 
@@ -156,7 +155,7 @@ class Autocast:
         return cast
 
 
-class DryRun(Trainer):
+class DryRun(Labelled):
     """A Trainer whose networks have no weights. whole_gradients: they stay between iterations, as
     DDP's buckets do. cuda: the optimisers work as on CUDA, on all tensors at once; else as on
     CPUs."""
@@ -171,7 +170,7 @@ class DryRun(Trainer):
             num_processes=1,
             process_index=0,
             no_sync=lambda m: contextlib.nullcontext(),
-            backward=self._backward,
+            backward=torch.Tensor.backward,
             clip_grad_norm_=nn.utils.clip_grad_norm_,
         )
         self.backbone = self.teacher_backbone = MetaBackbone(settings.backbone, frozen)
@@ -208,7 +207,7 @@ class DryRun(Trainer):
             )
         if settings.precision == "bf16":
             Autocast(self.network, lambda: self.meter)
-        self._label_parts()
+        self.label_parts()
 
     def _make_features(self, dtype, teacher):
         s = self.settings
@@ -221,52 +220,8 @@ class DryRun(Trainer):
         text = MetaTextFeatures(s.c_text, dtype) if s.c_text != "none" else None
         return text, vit(s.c_img, dtype, 0, "c-img") if s.c_img != "none" else None
 
-    # Parts ----------------------------------------------------------------------------------------
-
-    def _label_parts(self):
-        add, denoiser = self.add, self.add.student.denoiser
-        for backbone in {self.backbone, self.teacher_backbone}:
-            self._label(backbone, "text", "text encoders")
-        if self.text_features:
-            self._label(self.text_features.network, "encode_text", "c_text")
-        if self.image_features:
-            self._label(self.image_features, "summary", "c_img")
-        self._label(denoiser, "encode", "VAE encodes x_0")
-        self._label(self.network, "forward", STUDENT)
-        self._label(denoiser, "decode", "VAE decodes x_hat")
-        self._label(add.discriminator.features, "forward", "F of x_hat", "F of x_0")
-        self._label(add.discriminator.heads, "forward", HEADS)
-        self._label(add.teacher, "encode", "VAE encodes for the teacher")
-        self._label(add.teacher.network, "forward", "teacher")
-        self._label(add.teacher, "decode", "VAE decodes the target")
-        self._label(self.optimizer, "step", STEP, kind="optimiser")
-        self._label(self.heads_optimizer, "step", STEP, kind="heads")
-        self._label(self.ema, "update", STEP)
-
-    def _label(self, owner, name, part, without_gradient=None, kind="activations"):
-        """Lets the meter see what owner.name does as `part`, and what its backward does as "part,
-        backward"."""
-        function = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            with self.meter.inside(
-                part if torch.is_grad_enabled() else without_gradient or part, kind
-            ):
-                out = function(*args, **kwargs)
-            last = out[-1] if isinstance(out, list) else out  # whose gradient is complete first
-            if torch.is_tensor(last) and last.requires_grad:
-                backward = part if part == HEADS else f"{part}, backward"
-                last.register_hook(lambda g: setattr(self.meter, "part", backward))
-            return out
-
-        setattr(owner, name, call)
-
     def _is_finite(self, log):
         return True  # what has no value cannot be asked
-
-    def _backward(self, loss):
-        with self.meter.inside(HEADS):
-            loss.backward()
 
     # Measuring ------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import dataclasses
 import math
 from collections import Counter
 
-from full.plan.dry_run import STUDENT, DryRun
+from full.plan.dry_run import DryRun
+from full.plan.labels import STUDENT
 
 # Share of the peak rates that is reached: an assumption, usual for convolutions and attention of
 # this size.

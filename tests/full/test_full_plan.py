@@ -7,7 +7,7 @@ from full_plans import flags, forbid_network
 from full import run
 from full.plan import plan
 from full.plan.architectures import MetaBackbone
-from full.plan.dry_run import STUDENT
+from full.plan.labels import STUDENT
 from full.settings import Settings
 
 # Time ---------------------------------------------------------------------------------------------

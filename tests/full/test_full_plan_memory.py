@@ -15,7 +15,8 @@ from full.backbones import UNet
 from full.parts import make_accelerator
 from full.plan import dry_run, plan
 from full.plan.architectures import META
-from full.plan.dry_run import HEADS, STEP, STUDENT, DryRun, Meter
+from full.plan.dry_run import DryRun, Meter
+from full.plan.labels import HEADS, STEP, STUDENT
 from full.settings import Settings
 from full.train import Trainer
 

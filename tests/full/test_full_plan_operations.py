@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from full.plan import dry_run, plan
 from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
-from full.plan.dry_run import HEADS, STUDENT, DryRun, Meter
+from full.plan.dry_run import DryRun, Meter
+from full.plan.labels import HEADS, STUDENT
 
 # Parameters and operations ------------------------------------------------------------------------
 
