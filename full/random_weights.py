@@ -7,6 +7,7 @@ time and memory.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +92,28 @@ def write_text_tower(folder, tower, width):
     torch.save(open_clip.model.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
 
 
+def write_all(backbone, folder):
+    """A backbone and the discriminator's default networks, those that are not there yet."""
+    torch.manual_seed(0)
+    writers = {backbone: lambda path: write_backbone(backbone, path)}
+    for name in ("dinov2-s", "dinov2-l"):
+        writers[name] = AutoModel.from_config(VITS[name]).save_pretrained
+    writers["ViT-g-14"] = lambda path: write_text_tower(path, TEXT_TOWER, width=1024)
+    for name, writer in writers.items():
+        if not (folder / name).exists():
+            part = folder / f"{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            writer(part)
+            part.rename(folder / name)
+
+
+def settings_for(backbone, folder):
+    """{setting: value} for full/run.py of what write_all() has written, which is written first."""
+    write_all(backbone, folder)
+    names = {"backbone": backbone, "features": "dinov2-s", "c_img": "dinov2-l"}
+    return {k: str(folder / name) for k, name in (names | {"c_text": "ViT-g-14"}).items()}
+
+
 def main(argv=None):
     """Exit code 0."""
     parser = argparse.ArgumentParser(
@@ -101,11 +124,7 @@ def main(argv=None):
     parser.add_argument("backbone", choices=tuple(UNETS))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
-    torch.manual_seed(0)
-    write_backbone(arguments.backbone, arguments.folder / arguments.backbone)
-    for name in ("dinov2-s", "dinov2-l"):
-        AutoModel.from_config(VITS[name]).save_pretrained(arguments.folder / name)
-    write_text_tower(arguments.folder / "ViT-g-14", TEXT_TOWER, width=1024)
+    write_all(arguments.backbone, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""What an iteration of full/run.py costs on this machine, part by part, beside what --plan says:
+python full/bench.py --backbone sdxl --random /tmp/weights --batches 1,4,8
+
+--random DIR: networks of the real sizes with random weights, written to DIR unless they are there;
+nothing is downloaded. Images and captions are made up. Every other flag is full/run.py's. Writes
+NAME.json and NAME.md.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import timing
+from common.checkpoints import CheckpointError, be_deterministic, one_line, write_text
+from common.flags import add_flags, from_dict
+from full import random_weights
+from full.parts import TrainingError, make_accelerator
+from full.plan.labels import HEADS, Labelled
+from full.plan.plan import GPUS, Plan
+from full.settings import BACKBONES, Settings
+
+
+class Stopwatch:
+    """Seconds, and on CUDA the peak of allocated bytes, of each part between two waits for the
+    device."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.peaks = device, Counter(), Counter()
+        self._part = HEADS
+        self._start()
+
+    def _start(self):
+        timing.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.began = time.perf_counter()
+
+    @property
+    def part(self):
+        """The part at work; setting it ends the one before."""
+        return self._part
+
+    @part.setter
+    def part(self, part):
+        timing.synchronize(self.device)
+        self.seconds[self._part] += time.perf_counter() - self.began
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.peaks[self._part] = max(self.peaks[self._part], peak)
+        self._part = part
+        self._start()
+
+    @contextlib.contextmanager
+    def inside(self, part, kind=None):
+        """What is done inside belongs to this part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+
+class Blind:
+    """A meter that waits for nothing, for the time of whole iterations."""
+
+    part = HEADS
+
+    @contextlib.contextmanager
+    def inside(self, part, kind=None):
+        """Nothing is noted."""
+        yield
+
+
+class Bench(Labelled):
+    """full/run.py's trainer on made-up batches."""
+
+    def __init__(self, settings, folder):
+        # A loader is made, though nothing is read: its mistakes are no concern here.
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+        (folder / "0.txt").write_text("nothing")
+        settings = dataclasses.replace(settings, data=str(folder), workers=0, tracker="none")
+        super().__init__(settings, make_accelerator(settings, folder), folder)
+        self.meter = Blind()
+        self.label_parts()
+
+    def iterate(self, batch):
+        """One iteration of so many images."""
+        size = self.settings.resolution
+        raw = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "caption": ["a picture"] * batch}
+        raw["sizes"] = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
+        self.iteration([self.make_batch(raw)])
+
+    def time(self, batch, iterations):
+        """{figure: value} of iterations with that batch, after two to warm up."""
+        cuda = self.device.type == "cuda"
+        for _ in range(2):
+            self.iterate(batch)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = []
+        for _ in range(iterations):
+            timing.synchronize(self.device)
+            began = time.perf_counter()
+            self.iterate(batch)
+            timing.synchronize(self.device)
+            seconds.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
+        self.meter = watch = Stopwatch(self.device)
+        self.iterate(batch)
+        watch.part = HEADS
+        self.meter = Blind()
+        parts = {p: {"seconds": s, "peak": watch.peaks[p]} for p, s in watch.seconds.items()}
+        return {"batch": batch, "seconds": seconds, "peak": peak, "parts": parts}
+
+
+def gpu_of(device):
+    """The plan's name of this machine's GPU; for others, and for a CPU, the one with most memory
+    that it has not more than."""
+    if device.type != "cuda":
+        return "a100-80"
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    total = torch.cuda.get_device_properties(device).total_memory
+    for key in GPUS:
+        if key.split("-")[0] in name and abs(GPUS[key].memory / total - 1) < 0.2:
+            return key
+    fitting = [key for key in GPUS if GPUS[key].memory <= total] or ["rtx4090-24"]
+    return max(fitting, key=lambda key: GPUS[key].memory)
+
+
+def report(measured, settings, plans, limit, gpu):
+    """Lines of the tables: whole iterations by batch, and the parts of the largest one."""
+    rows = []
+    for row in measured:
+        if "seconds" not in row:
+            rows.append([row["batch"], row["failed"], "", "", "", ""])
+            continue
+        plan, middle = plans[row["batch"]], statistics.median(row["seconds"])
+        flops = sum(plan.operations(row["batch"]).values())
+        row |= {"flops": flops, "planned": plan.total("one GPU", row["batch"])}
+        rows.append(
+            [
+                row["batch"],
+                timing.milliseconds(row["seconds"]),
+                f"{row['batch'] / middle:.3g}",
+                f"{row['peak'] / 1e9:.1f}" if row["peak"] else "–",
+                f"{row['planned'] / 1e9:.1f}",
+                f"{flops / middle / limit:.0%}",
+            ]
+        )
+    head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "of a matrix product's FLOP/s"]
+    lines = timing.table(head, rows)
+    done = [row for row in measured if "seconds" in row]
+    if done:
+        last = done[-1]
+        flops = Counter()
+        for (part, _), n in plans[last["batch"]].operations(last["batch"]).items():
+            flops[part] += n
+        total = sum(part["seconds"] for part in last["parts"].values())
+        rows = [
+            [
+                name,
+                f"{1e3 * part['seconds']:.3g}",
+                f"{part['seconds'] / total:.0%}",
+                f"{flops[name] / part['seconds'] / limit:.0%}" if flops[name] else "–",
+                f"{part['peak'] / 1e9:.1f}" if part["peak"] else "–",
+            ]
+            for name, part in sorted(last["parts"].items(), key=lambda x: -x[1]["seconds"])
+        ]
+        head = [f"batch {last['batch']}, one iteration", "ms", "share", "of the FLOP/s", "GB"]
+        lines += ["", *timing.table(head, rows)]
+    return lines
+
+
+def run(arguments, given):
+    """Measures, prints and writes."""
+    if arguments.random:
+        backbone = given.pop("backbone", Settings.backbone)
+        given = random_weights.settings_for(backbone, arguments.random) | given
+    settings = from_dict(Settings, given)
+    if settings.deterministic:
+        be_deterministic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(settings, Path(folder))
+        device, measured = bench.device, []
+        for batch in arguments.batches:
+            try:
+                measured.append(bench.time(batch, arguments.iterations))
+            except torch.OutOfMemoryError:
+                measured.append({"batch": batch, "failed": "out of memory"})
+                break
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    product = dict(list(timing.limits(device, dtype).items())[:1])
+    flops = {name: timing.measure(function)[0] for name, function in product.items()}
+    seconds = timing.alternate(product, device, repeats=5)
+    limit = max(flops[name] / statistics.median(seconds[name]) for name in product)
+    gpu = gpu_of(device)
+    plans = {
+        row["batch"]: Plan(dataclasses.replace(settings, batch=row["batch"]), 1, gpu)
+        for row in measured
+    }
+    command = " ".join(["python full/bench.py", *arguments.argv])
+    lines = [
+        f"`{command}`, {timing.machine(device)}, {settings.precision}, {settings.resolution} px. "
+        f"A matrix product: {limit / 1e12:.3g} TFLOP/s. Medians and quartiles.",
+        "",
+        *report(measured, settings, plans, limit, gpu),
+        "",
+    ]
+    stored = {
+        "command": command,
+        "machine": timing.machine(device),
+        "flops_per_second": limit,
+        "gpu": gpu,
+        "settings": dataclasses.asdict(settings),
+        "batches": measured,
+    }
+    write_text(arguments.out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+    write_text(arguments.out.with_suffix(".md"), "\n".join(lines))
+    print("\n".join(lines))
+
+
+def parse_arguments(argv):
+    """(arguments, {setting: value} of those given)."""
+    parser = argparse.ArgumentParser(
+        prog="full/bench.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--random", type=Path, metavar="DIR", help="random weights of the real sizes, in DIR"
+    )
+    parser.add_argument(
+        "--batches",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[8],
+        metavar="N,…",
+        help="batch sizes, rising; the first that does not fit ends it (default: 8)",
+    )
+    parser.add_argument("--iterations", type=int, default=5, help="timed ones a batch (default 5)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("speed-full"), help="NAME (default: speed-full)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_flags(parser.add_argument_group("settings of full/run.py"), Settings)
+    arguments = parser.parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
+    own = {"random", "batches", "iterations", "out", "debug", "argv"}
+    return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
+
+
+def main(argv=None):
+    """Exit codes: 0 done, 2 a user's mistake (one line says which)."""
+    arguments, given = parse_arguments(argv)
+    try:
+        if arguments.iterations < 1 or min(arguments.batches) < 1:
+            raise ValueError("--iterations, --batches: must be at least 1")
+        if arguments.random and given.get("backbone", "sd21") not in BACKBONES:
+            raise ValueError(f"--random: --backbone must be one of {', '.join(BACKBONES)}")
+        run(arguments, given)
+    except (ValueError, OSError, TrainingError, CheckpointError) as error:
+        if arguments.debug:
+            raise
+        print(f"full/bench.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
