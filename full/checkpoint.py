@@ -98,7 +98,7 @@ def own_state(trainer):
         "torch": torch.get_rng_state(),
         "skipped": trainer.skipped,
         "nonfinite": trainer.nonfinite,
-        "won": list(trainer.won),
+        "won": [bool(won) for won in trainer.won],
     }
     if generator := getattr(trainer.features, "generator", None):
         own["features_generator"] = generator.get_state()

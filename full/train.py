@@ -144,8 +144,8 @@ class Trainer(Parts):
                         f"not be read, by step {self.step}"
                     )
                 if log:
-                    won = self.accelerator.reduce(log["discriminator_won"], "mean").item()
-                    self.won.append(won > 0.5)
+                    won = self.accelerator.reduce(log["discriminator_won"], "mean")
+                    self.won.append(won > 0.5)  # read when the log is: the GPU is at work
                 if self.is_due(settings.log_every) or self.step == settings.steps:
                     row = self.log_row(log, images / (time.time() - began), int(skipped))
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
@@ -175,6 +175,8 @@ class Trainer(Parts):
 
     def sum_of(self, *numbers):
         """Numbers, each summed over the processes."""
+        if self.accelerator.num_processes == 1:
+            return numbers
         counts = torch.tensor(numbers, dtype=torch.float32, device=self.device)
         return self.accelerator.reduce(counts, "sum").tolist()
 
@@ -220,7 +222,7 @@ class Trainer(Parts):
             "skipped": skipped,
             "nonfinite": self.nonfinite,
             "memory_gib": peak_memory(self.device),
-            "discriminator_won": sum(self.won) > len(self.won) / 2,
+            "discriminator_won": sum(map(bool, self.won)) > len(self.won) / 2,
         }
         if accelerator.is_main_process:
             if row["discriminator_won"]:
