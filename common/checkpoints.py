@@ -189,6 +189,8 @@ def postponed_signals():
 
     def handler(number, frame):
         if received:
+            if number == signal.SIGALRM:  # nobody asked twice
+                return
             raise Stopped(number, unsaved=True)
         received.append(number)
         # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed

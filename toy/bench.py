@@ -159,9 +159,8 @@ class Bench:
             logits = heads(features(x_hat), *conditions)
             adversarial = hinge_student(logits).mean()
             heads.requires_grad_(True)
-            t = torch.randint(len(teacher.schedule), (len(x_0),), generator=generator).to(
-                x_0.device
-            )
+            T, n, device = len(teacher.schedule), len(x_0), x_0.device
+            t = torch.randint(T, (n,), device=device, generator=generator)
             with torch.no_grad():
                 z_t = teacher.schedule.diffuse(z, randn_like(z, generator), t)
                 target = teacher.decode(teacher(z_t, t, labels))

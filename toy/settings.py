@@ -204,7 +204,6 @@ PRESETS = {
         distil_steps=4000,
         distil_batch=64,
         distil_ema=40_000,
-        distil_guidance=2.0,
         eval_images=2000,
         eval_search_steps=0,
     ),
