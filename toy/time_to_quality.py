@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import Student
 from common import timing
-from common.checkpoints import CheckpointError, one_line, write_text
+from common.checkpoints import CheckpointError, one_line, read_last, write_text
 from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy.data import to_float
@@ -48,8 +48,16 @@ class Run:
             s.dataset, s.data_dir, seed=s.seed, size=s.size, limit=s.limit or None
         )
 
+        trained = ["metric", "teacher", "features"][
+            : 3 if s.features in ("classifier", "denoiser") else 2
+        ]
+
         def stage(name):
             key = stage_key(s, name, self.data.fingerprint)
+            if name in trained:  # or it would be trained anew, in that folder
+                state = read_last(folder / name / "checkpoint.pt") or {}
+                if state.get("key") != key or not state["finished"]:
+                    raise ValueError(f"--run {folder}: {name} is unfinished, or of other data")
             return Stage(folder / name, self.data, s, device, key)
 
         features, _ = make_features(stage("features"))
