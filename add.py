@@ -305,7 +305,7 @@ class DiscriminatorHead(nn.Module):
         self.unconditional = nn.Parameter(torch.randn(c_map)) if self.conditional else None
 
     def forward(self, tokens, c_text=None, c_img=None):
-        # Channels first: then a group of the norm lies together, and nothing has to be copied.
+        # Channels first keeps each group of the norm contiguous, which saves copies.
         h = self.first(rearrange(tokens, "b n c -> c b n"))
         h = (h + self.residual(h)) / math.sqrt(2)
         h = self.last(h)  # (c_map or 1, B, N)

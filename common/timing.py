@@ -1,5 +1,5 @@
-"""What the benchmarks share: clocks that take turns, floating-point operations, a machine's limits,
-tables."""
+"""What the benchmarks share: functions timed in turn, floating-point operations, what a machine can
+do, tables."""
 
 import gc
 import math

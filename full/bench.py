@@ -86,7 +86,7 @@ class Bench(Labelled):
     """full/run.py's trainer on made-up batches."""
 
     def __init__(self, settings, folder):
-        # A loader is made, though nothing is read: its mistakes are no concern here.
+        # The trainer makes a loader, which needs an image; nothing is read from it.
         Image.new("RGB", (8, 8)).save(folder / "0.png")
         (folder / "0.txt").write_text("nothing")
         settings = dataclasses.replace(settings, data=str(folder), workers=0, tracker="none")
@@ -125,8 +125,8 @@ class Bench(Labelled):
 
 
 def gpu_of(device):
-    """The plan's name of this machine's GPU; for others, and for a CPU, the one with most memory
-    that it has not more than."""
+    """The plan's name of this machine's GPU. Otherwise the largest that the plan knows and that is
+    no larger; for a CPU, a100-80."""
     if device.type != "cuda":
         return "a100-80"
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")

@@ -108,7 +108,7 @@ def write_all(backbone, folder):
 
 
 def settings_for(backbone, folder):
-    """{setting: value} for full/run.py of what write_all() has written, which is written first."""
+    """Write the networks that are missing; return the settings of full/run.py that select them."""
     write_all(backbone, folder)
     names = {"backbone": backbone, "features": "dinov2-s", "c_img": "dinov2-l"}
     return {k: str(folder / name) for k, name in (names | {"c_text": "ViT-g-14"}).items()}

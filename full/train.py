@@ -145,7 +145,7 @@ class Trainer(Parts):
                     )
                 if log:
                     won = self.accelerator.reduce(log["discriminator_won"], "mean")
-                    self.won.append(won > 0.5)  # read when the log is: the GPU is at work
+                    self.won.append(won > 0.5)  # reading it here would wait for the GPU
                 if self.is_due(settings.log_every) or self.step == settings.steps:
                     row = self.log_row(log, images / (time.time() - began), int(skipped))
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})

@@ -35,7 +35,6 @@ from toy.settings import PRESETS, Settings
 from toy.teacher import Standardize, make_denoiser
 
 CLASSES, CHANNELS = 10, 1
-SECTIONS = ("step", "sampling", "limits", "growth", "memory")
 
 
 class Bench:
@@ -132,8 +131,8 @@ class Bench:
 
     def naive(self):
         """An iteration as public re-implementations write it: the student runs again for the
-        heads' half, F sees its images twice, R1 goes through F to the pixels, the moving average
-        and the log go value by value."""
+        heads' half, F sees its images twice, and R1 goes through F to the pixels. The moving
+        average is updated parameter by parameter, and each logged value is read separately."""
         settings, heads, features = self.settings, copy.deepcopy(self.parts["heads"]), self.features
         student = copy.deepcopy(self.student)
         network, teacher = student.denoiser.network, self.teacher
@@ -300,6 +299,9 @@ def memory(bench, repeats):
     return peaks, timing.table(["", "MiB"], rows)
 
 
+SECTIONS = {f.__name__: f for f in (step, sampling, limits, growth, memory)}
+
+
 def parse_arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(prog="toy/bench.py", description=__doc__, allow_abbrev=False)
@@ -308,7 +310,7 @@ def parse_arguments(argv):
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
     parser.add_argument(
-        "--only", choices=SECTIONS, nargs="+", default=SECTIONS, help="default: all of them"
+        "--only", choices=SECTIONS, nargs="+", default=list(SECTIONS), help="default: all of them"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("speed-toy"), help="NAME (default: speed-toy)"
@@ -328,14 +330,12 @@ def main(argv=None):
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)
-        command = (
-            "python toy/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
-        ).strip()
+        command = " ".join(["python toy/bench.py", *(sys.argv[1:] if argv is None else argv)])
         lines = [f"`{command}`, {timing.machine(device)}, {precision}."]
         lines += ["Medians and quartiles.", ""]
         stored = {"command": command, "machine": timing.machine(device), "precision": precision}
         for name in arguments.only:
-            section = globals()[name]
+            section = SECTIONS[name]
             stored[name], rows = section(bench, arguments.repeats)
             lines += [f"**{section.__doc__.split(chr(10))[0]}**", "", *rows, ""]
             print("\n".join(lines[-len(rows) - 3 :]), flush=True)

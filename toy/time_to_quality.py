@@ -48,9 +48,9 @@ class Run:
             s.dataset, s.data_dir, seed=s.seed, size=s.size, limit=s.limit or None
         )
 
-        trained = ["metric", "teacher", "features"][
-            : 3 if s.features in ("classifier", "denoiser") else 2
-        ]
+        trained = ["metric", "teacher"]
+        if s.features in ("classifier", "denoiser"):
+            trained.append("features")
 
         def stage(name):
             key = stage_key(s, name, self.data.fingerprint)
