@@ -155,12 +155,7 @@ def test_kill_9_while_writing_loses_one_checkpoint_at_the_most(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, name, code",
-    [
-        (signal.SIGINT, "SIGINT", 130),
-        (signal.SIGTERM, "SIGTERM", 143),
-        (signal.SIGALRM, "--max-minutes", 142),
-    ],
+    "number, name, code", [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
 def test_the_first_signal_waits_and_the_second_stops(number, name, code, capfd):
     before = signal.getsignal(number)
@@ -174,6 +169,17 @@ def test_the_first_signal_waits_and_the_second_stops(number, name, code, capfd):
     assert str(stopped.value) == f"a second {name}, unsaved"
     assert str(Stopped(number)) == name
     assert signal.getsignal(number) is before
+
+
+def test_the_timer_waits_and_is_never_the_second_signal(capfd):
+    with postponed_signals() as received:
+        signal.raise_signal(signal.SIGALRM)
+        assert "--max-minutes: saving after this step" in capfd.readouterr().err
+        signal.raise_signal(signal.SIGALRM)
+        assert received == [signal.SIGALRM]
+        with pytest.raises(Stopped, match="a second SIGINT, unsaved"):
+            signal.raise_signal(signal.SIGINT)
+    assert (str(Stopped(signal.SIGALRM)), Stopped(signal.SIGALRM).code) == ("--max-minutes", 142)
 
 
 def test_a_signal_is_kept_though_nobody_reads_what_it_says():
