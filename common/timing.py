@@ -2,6 +2,7 @@
 do, tables."""
 
 import gc
+import json
 import math
 import platform
 import statistics
@@ -11,6 +12,8 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from common.checkpoints import write_text
 
 
 def synchronize(device):
@@ -140,7 +143,13 @@ def milliseconds(values):
     return f"{middle} ({low} to {high})"
 
 
-def times(values):
+def multiples(values):
     """Median and quartiles of ratios, as a cell."""
     low, middle, high = (f"{value:.2f}" for value in quartiles(values))
     return f"{middle} ({low} to {high})"
+
+
+def keep(out, stored, lines):
+    """Write NAME.json, which holds `stored`, and NAME.md, which has the lines. OSError."""
+    write_text(out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+    write_text(out.with_suffix(".md"), "\n".join(lines))

@@ -9,7 +9,6 @@ NAME.json and NAME.md.
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
-from common.checkpoints import CheckpointError, be_deterministic, one_line, write_text
+from common.checkpoints import CheckpointError, be_deterministic, one_line
 from common.flags import add_flags, from_dict
 from full import random_weights
 from full.parts import TrainingError, make_accelerator
@@ -71,7 +70,7 @@ class Stopwatch:
             self.part = before
 
 
-class Blind:
+class NoMeter:
     """A meter that waits for nothing, for the time of whole iterations."""
 
     part = HEADS
@@ -91,37 +90,39 @@ class Bench(Labelled):
         (folder / "0.txt").write_text("nothing")
         settings = dataclasses.replace(settings, data=str(folder), workers=0, tracker="none")
         super().__init__(settings, make_accelerator(settings, folder), folder)
-        self.meter = Blind()
-        self.label_parts()
-
-    def iterate(self, batch):
-        """One iteration of so many images."""
-        size = self.settings.resolution
-        raw = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "caption": ["a picture"] * batch}
-        raw["sizes"] = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
-        self.iteration([self.make_batch(raw)])
+        self.meter = NoMeter()
+        if not settings.compile:  # a compiled network does not tell when its parts begin
+            self.label_parts()
 
     def time(self, batch, iterations):
         """{figure: value} of iterations with that batch, after two to warm up."""
-        cuda = self.device.type == "cuda"
-        for _ in range(2):
-            self.iterate(batch)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = []
-        for _ in range(iterations):
+        cuda, size = self.device.type == "cuda", self.settings.resolution
+        raw = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "caption": ["a picture"] * batch}
+        raw["sizes"] = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
+
+        def iterate():
             timing.synchronize(self.device)
             began = time.perf_counter()
-            self.iterate(batch)
+            self.iteration([self.make_batch(raw)])
             timing.synchronize(self.device)
-            seconds.append(time.perf_counter() - began)
+            return time.perf_counter() - began
+
+        for _ in range(2):
+            iterate()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = [iterate() for _ in range(iterations)]
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
-        self.meter = watch = Stopwatch(self.device)
-        self.iterate(batch)
-        watch.part = HEADS
-        self.meter = Blind()
-        parts = {p: {"seconds": s, "peak": watch.peaks[p]} for p, s in watch.seconds.items()}
-        return {"batch": batch, "seconds": seconds, "peak": peak, "parts": parts}
+        row = {"batch": batch, "seconds": seconds, "peak": peak, "parts": {}}
+        if not self.settings.compile:
+            self.meter = watch = Stopwatch(self.device)
+            iterate()
+            watch.part = HEADS
+            self.meter = NoMeter()
+            row["parts"] = {
+                part: {"seconds": s, "peak": watch.peaks[part]} for part, s in watch.seconds.items()
+            }
+        return row
 
 
 def gpu_of(device):
@@ -138,16 +139,34 @@ def gpu_of(device):
     return max(fitting, key=lambda key: GPUS[key].memory)
 
 
-def report(measured, settings, plans, limit, gpu):
-    """Lines of the tables: whole iterations by batch, and the parts of the largest one."""
+def limits(device, precision):
+    """{"bf16" or "tf32": operations a second} of a matrix product in the settings' type and in
+    float32, as make_accelerator lets torch compute: the plan's names of rates."""
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    rates = {}
+    for rate, dtype in (("bf16", half), ("tf32", torch.float32)):
+        name, product = next(iter(timing.limits(device, dtype).items()))
+        seconds = timing.alternate({name: product}, device, repeats=5)[name]
+        rates[rate] = timing.measure(product)[0] / statistics.median(seconds)
+    return rates
+
+
+def least_seconds(flops, rates):
+    """{part: seconds that {(part, rate): operations} take at those rates}."""
+    seconds = Counter()
+    for (part, rate), n in flops.items():
+        seconds[part] += n / rates[rate]
+    return seconds
+
+
+def whole_iterations(measured, gpu):
+    """Lines of the table with a row for each batch."""
     rows = []
     for row in measured:
-        if "seconds" not in row:
+        if "failed" in row:
             rows.append([row["batch"], row["failed"], "", "", "", ""])
             continue
-        plan, middle = plans[row["batch"]], statistics.median(row["seconds"])
-        flops = sum(plan.operations(row["batch"]).values())
-        row |= {"flops": flops, "planned": plan.total("one GPU", row["batch"])}
+        middle = statistics.median(row["seconds"])
         rows.append(
             [
                 row["batch"],
@@ -155,31 +174,28 @@ def report(measured, settings, plans, limit, gpu):
                 f"{row['batch'] / middle:.3g}",
                 f"{row['peak'] / 1e9:.1f}" if row["peak"] else "–",
                 f"{row['planned'] / 1e9:.1f}",
-                f"{flops / middle / limit:.0%}",
+                f"{row['least_seconds'] / middle:.0%}",
             ]
         )
     head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "of a matrix product's FLOP/s"]
-    lines = timing.table(head, rows)
-    done = [row for row in measured if "seconds" in row]
-    if done:
-        last = done[-1]
-        flops = Counter()
-        for (part, _), n in plans[last["batch"]].operations(last["batch"]).items():
-            flops[part] += n
-        total = sum(part["seconds"] for part in last["parts"].values())
-        rows = [
-            [
-                name,
-                f"{1e3 * part['seconds']:.3g}",
-                f"{part['seconds'] / total:.0%}",
-                f"{flops[name] / part['seconds'] / limit:.0%}" if flops[name] else "–",
-                f"{part['peak'] / 1e9:.1f}" if part["peak"] else "–",
-            ]
-            for name, part in sorted(last["parts"].items(), key=lambda x: -x[1]["seconds"])
+    return timing.table(head, rows)
+
+
+def parts_of(row):
+    """Lines of the table with a row for each part of an iteration."""
+    total = sum(part["seconds"] for part in row["parts"].values())
+    rows = [
+        [
+            name,
+            f"{1e3 * part['seconds']:.3g}",
+            f"{part['seconds'] / total:.0%}",
+            f"{part['least_seconds'] / part['seconds']:.0%}" if part["least_seconds"] else "–",
+            f"{part['peak'] / 1e9:.1f}" if part["peak"] else "–",
         ]
-        head = [f"batch {last['batch']}, one iteration", "ms", "share", "of the FLOP/s", "GB"]
-        lines += ["", *timing.table(head, rows)]
-    return lines
+        for name, part in sorted(row["parts"].items(), key=lambda item: -item[1]["seconds"])
+    ]
+    head = [f"batch {row['batch']}, one iteration", "ms", "share", "of the FLOP/s", "GB"]
+    return timing.table(head, rows)
 
 
 def run(arguments, given):
@@ -193,40 +209,41 @@ def run(arguments, given):
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(settings, Path(folder))
         device, measured = bench.device, []
+        rates, gpu = limits(device, settings.precision), gpu_of(device)
+        plan = Plan(settings, 1, gpu)
         for batch in arguments.batches:
             try:
-                measured.append(bench.time(batch, arguments.iterations))
+                row = bench.time(batch, arguments.iterations)
             except torch.OutOfMemoryError:
                 measured.append({"batch": batch, "failed": "out of memory"})
                 break
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    product = dict(list(timing.limits(device, dtype).items())[:1])
-    flops = {name: timing.measure(function)[0] for name, function in product.items()}
-    seconds = timing.alternate(product, device, repeats=5)
-    limit = max(flops[name] / statistics.median(seconds[name]) for name in product)
-    gpu = gpu_of(device)
-    plans = {
-        row["batch"]: Plan(dataclasses.replace(settings, batch=row["batch"]), 1, gpu)
-        for row in measured
-    }
+            flops = plan.operations(batch)
+            least = least_seconds(flops, rates)
+            row |= {"planned": plan.total("one GPU", batch), "flops": sum(flops.values())}
+            row["least_seconds"] = least.total()
+            for part in row["parts"]:
+                row["parts"][part]["least_seconds"] = least[part]
+            measured.append(row)
     command = " ".join(["python full/bench.py", *arguments.argv])
     lines = [
         f"`{command}`, {timing.machine(device)}, {settings.precision}, {settings.resolution} px. "
-        f"A matrix product: {limit / 1e12:.3g} TFLOP/s. Medians and quartiles.",
+        f"A matrix product: {rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
+        f"{rates['tf32'] / 1e12:.3g} in float32. Medians and quartiles.",
         "",
-        *report(measured, settings, plans, limit, gpu),
+        *whole_iterations(measured, gpu),
         "",
     ]
+    for row in [row for row in measured if row.get("parts")][-1:]:  # of the largest batch
+        lines += [*parts_of(row), ""]
     stored = {
         "command": command,
         "machine": timing.machine(device),
-        "flops_per_second": limit,
+        "flops_per_second": rates,
         "gpu": gpu,
         "settings": dataclasses.asdict(settings),
         "batches": measured,
     }
-    write_text(arguments.out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
-    write_text(arguments.out.with_suffix(".md"), "\n".join(lines))
+    timing.keep(arguments.out, stored, lines)
     print("\n".join(lines))
 
 

@@ -98,7 +98,7 @@ def own_state(trainer):
         "torch": torch.get_rng_state(),
         "skipped": trainer.skipped,
         "nonfinite": trainer.nonfinite,
-        "won": [bool(won) for won in trainer.won],
+        "won": trainer.won.tolist(),
     }
     if generator := getattr(trainer.features, "generator", None):
         own["features_generator"] = generator.get_state()
@@ -120,7 +120,7 @@ def load(trainer, state, own):
     torch.set_rng_state(own["torch"])
     trainer.step = state["step"]
     trainer.skipped, trainer.nonfinite = own["skipped"], own["nonfinite"]
-    trainer.won.extend(own["won"])
+    trainer.won = torch.tensor(own["won"], dtype=torch.bool, device=trainer.device)
 
 
 def save(trainer):

@@ -7,7 +7,6 @@ process has all of them, for under FSDP2 R1's second backward would meet freed o
 import contextlib
 import os
 import sys
-from collections import deque
 
 import torch
 from accelerate import Accelerator
@@ -107,7 +106,8 @@ class Parts:
         self.settings, self.accelerator, self.folder = settings, accelerator, folder
         self.device, rank = accelerator.device, accelerator.process_index
         self.step, self.skipped, self.nonfinite, self.batches = 0, 0, 0, None
-        self.won = deque(maxlen=200)  # of the last iterations: had the discriminator won?
+        # Of the last 200 iterations: had the discriminator won?
+        self.won = torch.zeros(0, dtype=torch.bool, device=self.device)
         # The data first: mistakes there are cheap.
         self.loader = data.make_loader(settings, rank, accelerator.num_processes)
         seed = settings.seed * 100_003 + rank

@@ -145,7 +145,8 @@ class Trainer(Parts):
                     )
                 if log:
                     won = self.accelerator.reduce(log["discriminator_won"], "mean")
-                    self.won.append(won > 0.5)  # reading it here would wait for the GPU
+                    # Nothing is read here: that would wait for the GPU.
+                    self.won = torch.cat([self.won[-199:], won[None] > 0.5])
                 if self.is_due(settings.log_every) or self.step == settings.steps:
                     row = self.log_row(log, images / (time.time() - began), int(skipped))
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
@@ -222,7 +223,7 @@ class Trainer(Parts):
             "skipped": skipped,
             "nonfinite": self.nonfinite,
             "memory_gib": peak_memory(self.device),
-            "discriminator_won": sum(map(bool, self.won)) > len(self.won) / 2,
+            "discriminator_won": (self.won.float().mean() > 0.5).item(),
         }
         if accelerator.is_main_process:
             if row["discriminator_won"]:

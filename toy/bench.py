@@ -1,7 +1,7 @@
 """What a training step and a sample cost beside the bare networks in them: python toy/bench.py
 
-Everything is measured in one process, in turns. The networks have random weights. Writes NAME.json
-and NAME.md.
+Everything is measured in one process, in turns. The networks have random weights, which stay what
+they are. Writes NAME.json and NAME.md.
 """
 
 import os
@@ -11,7 +11,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 import argparse
 import copy
 import dataclasses
-import json
 import statistics
 import sys
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
 from common import timing
-from common.checkpoints import one_line, write_text
+from common.checkpoints import one_line
 from toy.data import Dataset, to_float
 from toy.distil import make_batch, prepare
 from toy.features import TeacherEncoder
@@ -42,6 +41,8 @@ class Bench:
     iteration as a function without arguments."""
 
     def __init__(self, settings, device):
+        # Pieces that run alone leave gradients that mean nothing: no optimiser may act on them.
+        settings = dataclasses.replace(settings, distil_student_lr=1e-12, distil_heads_lr=1e-12)
         self.settings, self.device = settings, device
         torch.manual_seed(0)
         size, batch = settings.size, settings.distil_batch
@@ -61,10 +62,14 @@ class Bench:
         self.labels = labels[:batch].to(device)
         self.t = torch.full((batch,), 500, device=device)
 
-    def record(self, function):
-        """The function as a step of the loop would run it: recorded, on a GPU."""
-        replay = recorded(self.device, [self.features.generator], [self.parts["heads"]])
-        return replay(function)
+    def counted(self):
+        """{piece or "ADD step": (floating-point operations, most bytes of tensors at once)}.
+        Counted on a CPU: a recorded graph shows neither."""
+        cpu = torch.device("cpu")
+        bench = self if self.device == cpu else Bench(self.settings, cpu)
+        functions = bench.pieces() | {"ADD step": bench.step}
+        bench.step()  # the optimisers' state and the gradients are there before
+        return {name: timing.measure(function) for name, function in functions.items()}
 
     def pieces(self):
         """{name: function} of the floor: what an iteration cannot do without."""
@@ -123,22 +128,24 @@ class Bench:
             "F, forward, real images": real,
             "F, forward, for c_img": c_img,
             "heads, student's half": heads_of_the_student,
-            "heads, their half": heads_of_their_own,
+            "heads, discriminator's half": heads_of_their_own,
         }
-        pieces = {name: self.record(function) for name, function in pieces.items()}
+        replay = recorded(self.device, [self.features.generator], [heads])
+        pieces = {name: replay(function) for name, function in pieces.items()}
         average = partial(self.parts["ema"].update_parameters, network)
         return pieces | {"optimisers": optimizers, "moving average": average}
 
     def naive(self):
         """An iteration as public re-implementations write it: the student runs again for the
         heads' half, F sees its images twice, and R1 goes through F to the pixels. The moving
-        average is updated parameter by parameter, and each logged value is read separately."""
+        average is updated parameter by parameter, each logged value is read separately, and a GPU
+        records nothing."""
         settings, heads, features = self.settings, copy.deepcopy(self.parts["heads"]), self.features
         student = copy.deepcopy(self.student)
         network, teacher = student.denoiser.network, self.teacher
         average = copy.deepcopy(network)
         optimizers = [
-            torch.optim.Adam(p.parameters(), 1e-5, (0.0, 0.99), foreach=False)
+            torch.optim.Adam(p.parameters(), 1e-12, (0.0, 0.99), foreach=False)
             for p in (network, heads)
         ]
         generator = torch.Generator(self.device).manual_seed(0)
@@ -202,7 +209,7 @@ def step(bench, repeats):
     }
     rows = [[name, timing.milliseconds(seconds[name])] for name in seconds]
     lines = timing.table(["", "ms"], rows) + [""]
-    lines += timing.table(["", "×"], [[name, timing.times(v)] for name, v in against.items()])
+    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
     return {"seconds": seconds, "ratios": against}, lines
 
 
@@ -237,19 +244,21 @@ def sampling(bench, repeats):
         against[f"{name} / student, 1"] = timing.ratios(seconds[name], one)
     rows = [[name, timing.milliseconds(values)] for name, values in seconds.items()]
     lines = timing.table([f"{len(x)} images", "ms"], rows) + [""]
-    lines += timing.table(["", "×"], [[name, timing.times(v)] for name, v in against.items()])
+    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
     return {"seconds": seconds, "ratios": against}, lines
 
 
 def limits(bench, repeats):
     """Achieved FLOP/s of each piece beside a matrix product and a convolution of its type."""
     dtype = torch.bfloat16 if bench.settings.precision == "bf16" else torch.float32
+    limits = timing.limits(bench.device, dtype)
     pieces = {k: f for k, f in bench.pieces().items() if k not in ("optimisers", "moving average")}
-    functions = timing.limits(bench.device, dtype) | pieces
-    flops = {name: timing.measure(function)[0] for name, function in functions.items()}
+    functions = limits | pieces | {"ADD step": bench.step}
+    flops = {name: counts[0] for name, counts in bench.counted().items() if name in functions}
+    flops |= {name: timing.measure(function)[0] for name, function in limits.items()}
     seconds = timing.alternate(functions, bench.device, repeats)
     speed = {name: flops[name] / statistics.median(seconds[name]) for name in functions}
-    most = max(speed[name] for name in functions if name not in pieces)
+    most = max(speed[name] for name in limits)
     rows = [
         [name, f"{flops[name] / 1e9:.2f}", f"{speed[name] / 1e9:.1f}", f"{speed[name] / most:.0%}"]
         for name in functions
@@ -259,7 +268,7 @@ def limits(bench, repeats):
 
 
 def growth(bench, repeats):
-    """How the ADD step's time grows with the batch, the image and the network."""
+    """How the ADD step's time grows with the batch, the image's side and the network."""
     base, variants = bench.settings, {}
     for batch in (1, 8, 32, 128, 512):
         variants["batch", batch] = dict(distil_batch=batch)
@@ -268,11 +277,11 @@ def growth(bench, repeats):
     for factor in (1, 2, 4, 8):  # of the network's operations: channels grow by the root
         widths = tuple(8 * round(w * factor**0.5 / 8) for w in base.teacher_widths)
         variants["network ×", factor] = dict(teacher_widths=widths)
-    make = {
+    others = {
         key: Bench(dataclasses.replace(base, **change), bench.device)
         for key, change in variants.items()
     }
-    functions = {key: other.step for key, other in make.items()}
+    functions = {key: other.step for key, other in others.items()}
     seconds = timing.alternate(functions, bench.device, repeats)
     rows, fits = [], {}
     for what in dict.fromkeys(kind for kind, _ in variants):
@@ -289,9 +298,7 @@ def growth(bench, repeats):
 
 def memory(bench, repeats):
     """The tensors that live at once, of each piece and of the ADD step."""
-    functions = bench.pieces() | {"ADD step": bench.step}
-    bench.step()  # the optimisers' state and the gradients are there before
-    peaks = {name: timing.measure(function)[1] for name, function in functions.items()}
+    peaks = {name: counts[1] for name, counts in bench.counted().items()}
     parameters = (*bench.student.parameters(), *bench.parts["heads"].parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     rows = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]
@@ -327,6 +334,7 @@ def main(argv=None):
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         device = pick_device(arguments.device)
+        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)
@@ -339,8 +347,7 @@ def main(argv=None):
             stored[name], rows = section(bench, arguments.repeats)
             lines += [f"**{section.__doc__.split(chr(10))[0]}**", "", *rows, ""]
             print("\n".join(lines[-len(rows) - 3 :]), flush=True)
-        write_text(arguments.out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
-        write_text(arguments.out.with_suffix(".md"), "\n".join(lines))
+            timing.keep(arguments.out, stored, lines)  # what is measured is not lost
     except (ValueError, OSError) as error:
         print(f"toy/bench.py: {one_line(error)}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import Student
 from common import timing
-from common.checkpoints import CheckpointError, one_line, read_last, write_text
+from common.checkpoints import CheckpointError, one_line, read_last
 from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy.data import to_float
@@ -176,6 +176,7 @@ def main(argv=None):
         if not (arguments.run / "teacher" / "checkpoint.pt").exists():
             raise ValueError(f"--run {arguments.run}: no teacher there; toy/run.py trains one")
         device = pick_device(arguments.device)
+        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
         run = Run(arguments.run, given, device)
         teacher = run.of_the_teacher()
         print(f"teacher: {teacher}", flush=True)
@@ -197,8 +198,7 @@ def main(argv=None):
         "teacher": teacher,
         "rows": rows,
     }
-    write_text(arguments.out.with_suffix(".json"), json.dumps(stored) + "\n")
-    write_text(arguments.out.with_suffix(".md"), "\n".join(lines))
+    timing.keep(arguments.out, stored, lines)
     draw(arguments.out.with_suffix(".png"), rows, teacher)
     print("\n".join(lines))
     return 0

@@ -57,6 +57,34 @@ def test_the_naive_iteration_has_the_losses_of_add():
     assert distillation == pytest.approx(half.distillation.mean().item(), rel=1e-4)
 
 
+def test_the_pieces_have_the_operations_of_the_step():
+    settings = Settings(**PRESETS["tiny"] | {"precision": "fp32"})
+    ours = bench.Bench(settings, torch.device("cpu"))
+    weights = copy.deepcopy(ours.student.state_dict())
+    counted = {name: flops for name, (flops, _) in ours.counted().items()}
+    # Spectral norm's power iterations come twice in a step, and again for each piece.
+    assert sum(counted.values()) == pytest.approx(2 * counted["ADD step"], rel=0.02)
+    assert counted["F, forward, real images"] < counted["ADD step"] / 4
+    for name, weight in ours.student.state_dict().items():
+        assert torch.allclose(weight, weights[name], atol=1e-9), name
+
+
+def test_growth_of_a_tiny_step(monkeypatch):
+    """Times that are made up: quadratic in the batch, linear in the rest."""
+    settings = Settings(**PRESETS["tiny"])
+    ours = bench.Bench(settings, torch.device("cpu"))
+
+    def alternate(functions, device, repeats):
+        power = {"batch": 2}
+        return {key: [float(key[1]) ** power.get(key[0], 1)] for key in functions}
+
+    monkeypatch.setattr(timing, "alternate", alternate)
+    stored, lines = bench.growth(ours, 1)
+    exponents = {"batch": 2, "image side": 1, "network ×": 1}
+    assert stored["exponents"] == pytest.approx(exponents)
+    assert stored["seconds"]["batch 512"] == [512.0**2] and len(lines) == 2 + 5 + 3 + 4
+
+
 def test_a_tiny_benchmark_writes_its_figures(tmp_path, capsys):
     flags = "--preset tiny --device cpu --repeats 1 --only step sampling limits memory".split()
     assert bench.main([*flags, "--out", str(tmp_path / "speed")]) == 0
@@ -74,8 +102,8 @@ def test_a_tiny_benchmark_writes_its_figures(tmp_path, capsys):
     assert "student, 4 / bare passes" in stored["sampling"]["ratios"]
     assert all(speed > 0 for speed in stored["limits"]["flops_per_second"].values())
     assert stored["memory"]["ADD step"] > stored["memory"]["teacher, forward"]
-    text = (tmp_path / "speed.md").read_text()
-    assert text in capsys.readouterr().out or "| ADD step |" in text
+    text, shown = (tmp_path / "speed.md").read_text(), capsys.readouterr().out
+    assert "| ADD step |" in text and all(line in text for line in shown.splitlines())
     assert bench.main([*flags, "--repeats", "0"]) == 2
     assert "--repeats 0: must be at least 1" in capsys.readouterr().err
 

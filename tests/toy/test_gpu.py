@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from toy import distil, graphs, run, teacher
+from toy import bench, distil, graphs, run, teacher
 
 pytestmark = pytest.mark.gpu
 TINY = "--preset tiny --dataset glyphs --device cuda --precision fp32 --deterministic true".split()
@@ -103,3 +103,11 @@ def test_the_log_counts_memory_of_the_gpu(recorded):
     row = dict(zip(text[0].split(","), text[-1].split(","), strict=True))
     assert float(row["memory_gib"]) > 0
     assert json.loads((recorded[0] / "results.json").read_text())["results"]["n"] == 64
+
+
+def test_the_benchmark_times_recorded_pieces(tmp_path):
+    flags = ["--preset", "tiny", "--device", "cuda", "--repeats", "2"]
+    assert bench.main([*flags, "--out", str(tmp_path / "speed")]) == 0
+    stored = json.loads((tmp_path / "speed.json").read_text())
+    assert set(bench.SECTIONS) < set(stored) and "naive step" in stored["step"]["seconds"]
+    assert min(stored["limits"]["flops_per_second"].values()) > 0

@@ -9,7 +9,8 @@ import torch
 from toy_runs import STAGES, TINY, call, main_in_process, start, weights
 from trust import same
 
-from toy import run, sample
+from common.checkpoints import read
+from toy import loop, run, sample
 
 
 def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
@@ -99,11 +100,21 @@ def test_a_signal_from_outside_stops_a_run_after_saving(tmp_path):
     assert 0 < state["step"] < 60 and not state["finished"]
 
 
-def test_max_minutes_stops_a_run_after_saving(tmp_path, capsys):
+def test_max_minutes_stops_a_run_after_saving(tmp_path, capsys, monkeypatch):
+    add, left = loop.Log.add, []
+
+    def hurry(self, row):
+        left.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        add(self, row)
+
+    monkeypatch.setattr(loop.Log, "add", hurry)
     flags = ["--metric-steps", "1000000", "--out", str(tmp_path)]
-    assert run.main([*TINY, *flags, "--max-minutes", "0.05"]) == 142
+    assert run.main([*TINY, *flags, "--max-minutes", "5"]) == 142
+    assert 0 < left[0] <= 300
     assert "stopped by --max-minutes; the same command with --resume" in capsys.readouterr().err
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert not read(tmp_path / "metric" / "checkpoint.pt")["finished"]
     assert run.main([*TINY, *flags, "--max-minutes", "-1"]) == 2
     assert "--max-minutes -1: must be" in capsys.readouterr().err
 
