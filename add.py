@@ -254,17 +254,12 @@ class LocalBatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def _normalize(self, x, groups):  # as a layer norm over (b N), which is fused
-        rows = rearrange(x, "c (g b) n -> c g (b n)", g=groups)
-        return functional.layer_norm(rows, rows.shape[-1:], eps=self.eps).reshape(x.shape)
-
     def forward(self, x):
         groups = math.ceil(x.shape[1] / self.group_size)
         if x.shape[1] % groups:
-            parts = x.tensor_split(groups, dim=1)
-            x = torch.cat([self._normalize(part, 1) for part in parts], dim=1)
-        else:
-            x = self._normalize(x, groups)
+            return torch.cat([self(part) for part in x.tensor_split(groups, dim=1)], dim=1)
+        rows = rearrange(x, "c (g b) n -> c g (b n)", g=groups)  # layer norm over (b n) is fused
+        x = functional.layer_norm(rows, rows.shape[-1:], eps=self.eps).reshape(x.shape)
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
