@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -296,6 +297,42 @@ def growth(bench, repeats):
     return {"seconds": stored, "exponents": fits}, timing.table(head, rows)
 
 
+def _one_of_many(settings, device, threads, barrier, queue, repeats):
+    """A process: puts the seconds of its steps, all of which begin when the others' do."""
+    torch.set_num_threads(threads)
+    bench = Bench(settings, device)
+    for _ in range(3):
+        bench.step()
+    timing.synchronize(device)
+    barrier.wait(timeout=600)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        bench.step()
+    timing.synchronize(device)
+    queue.put((time.perf_counter() - began) / repeats)
+
+
+def processes(bench, repeats):
+    """One process with a CPU thread, one with two, and two at once with one each."""
+    context = torch.multiprocessing.get_context("spawn")
+    seconds, rows = {}, []
+    for count, threads in ((1, 1), (1, 2), (2, 1)):
+        barrier, queue = context.Barrier(count), context.SimpleQueue()
+        given = bench.settings, bench.device, threads, barrier, queue, 10 * repeats
+        children = [context.Process(target=_one_of_many, args=given) for _ in range(count)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if failed := [child.exitcode for child in children if child.exitcode]:
+            raise ValueError(f"--only processes: one of {count} ended with exit code {failed[0]}")
+        name = f"{count} process{'es' * (count > 1)}, {threads} thread{'s' * (threads > 1)}"
+        seconds[name] = [queue.get() for _ in children]
+        speed = sum(1 / value for value in seconds[name])
+        rows.append([name, timing.milliseconds(seconds[name]), f"{speed:.2f}"])
+    return seconds, timing.table(["", "ms", "steps a second, all together"], rows)
+
+
 def memory(bench, repeats):
     """The tensors that live at once, of each piece and of the ADD step."""
     peaks = {name: counts[1] for name, counts in bench.counted().items()}
@@ -306,7 +343,7 @@ def memory(bench, repeats):
     return peaks, timing.table(["", "MiB"], rows)
 
 
-SECTIONS = {f.__name__: f for f in (step, sampling, limits, growth, memory)}
+SECTIONS = {f.__name__: f for f in (step, sampling, limits, growth, processes, memory)}
 
 
 def parse_arguments(argv):

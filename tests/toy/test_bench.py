@@ -85,6 +85,14 @@ def test_growth_of_a_tiny_step(monkeypatch):
     assert stored["seconds"]["batch 512"] == [512.0**2] and len(lines) == 2 + 5 + 3 + 4
 
 
+def test_two_processes_take_their_steps_at_once():
+    ours = bench.Bench(Settings(**PRESETS["tiny"]), torch.device("cpu"))
+    seconds, lines = bench.processes(ours, 1)
+    assert [len(values) for values in seconds.values()] == [1, 1, 2]
+    assert all(value > 0 for values in seconds.values() for value in values)
+    assert lines[-1].startswith("| 2 processes, 1 thread |")
+
+
 def test_a_tiny_benchmark_writes_its_figures(tmp_path, capsys):
     flags = "--preset tiny --device cpu --repeats 1 --only step sampling limits memory".split()
     assert bench.main([*flags, "--out", str(tmp_path / "speed")]) == 0
