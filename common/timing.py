@@ -1,5 +1,4 @@
-"""What the benchmarks share: functions timed in turn, floating-point operations, what a machine can
-do, tables."""
+"""What the benchmarks share: functions timed in turn, what a machine can do, tables."""
 
 import gc
 import json
@@ -7,11 +6,8 @@ import math
 import platform
 import statistics
 import time
-import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from common.checkpoints import write_text
 
@@ -63,44 +59,6 @@ def quartiles(values):
 def ratios(numerator, denominator):
     """Quotients of two functions' seconds, round by round."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
-
-
-class Meter(TorchDispatchMode):
-    """Counts, of what runs inside, floating-point operations (`flops`: matrix products,
-    convolutions, attention) and the bytes of the tensors made there that live at the same time
-    (`peak`). PyTorch's FlopCounterMode refuses autograd.grad."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops, self.live, self.peak, self.storages = 0, 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in inputs | self.storages.keys():
-                    self._add(storage, storage._cdata, storage.nbytes())
-        return out
-
-    def _add(self, storage, key, size):
-        def drop(_):
-            del self.storages[key]
-            self.live -= size
-
-        self.storages[key] = weakref.ref(storage, drop)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def measure(function):
-    """(floating-point operations, most bytes of tensors at once) of a call."""
-    with Meter() as meter:
-        function()
-    return meter.flops, meter.peak
 
 
 def limits(device, dtype, size=None):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
 from common.checkpoints import CheckpointError, be_deterministic, one_line
 from common.flags import add_flags, from_dict
+from common.meter import measure
 from full import random_weights
 from full.parts import TrainingError, make_accelerator
 from full.plan.labels import HEADS, Labelled
@@ -147,7 +148,7 @@ def limits(device, precision):
     for rate, dtype in (("bf16", half), ("tf32", torch.float32)):
         name, product = next(iter(timing.limits(device, dtype).items()))
         seconds = timing.alternate({name: product}, device, repeats=5)[name]
-        rates[rate] = timing.measure(product)[0] / statistics.median(seconds)
+        rates[rate] = measure(product)[0] / statistics.median(seconds)
     return rates
 
 

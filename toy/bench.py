@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
 from common import timing
 from common.checkpoints import one_line
+from common.meter import measure
 from toy.data import Dataset, to_float
 from toy.distil import make_batch, prepare
 from toy.features import TeacherEncoder
@@ -70,7 +71,7 @@ class Bench:
         bench = self if self.device == cpu else Bench(self.settings, cpu)
         functions = bench.pieces() | {"ADD step": bench.step}
         bench.step()  # the optimisers' state and the gradients are there before
-        return {name: timing.measure(function) for name, function in functions.items()}
+        return {name: measure(function) for name, function in functions.items()}
 
     def pieces(self):
         """{name: function} of the floor: what an iteration cannot do without."""
@@ -256,7 +257,7 @@ def limits(bench, repeats):
     pieces = {k: f for k, f in bench.pieces().items() if k not in ("optimisers", "moving average")}
     functions = limits | pieces | {"ADD step": bench.step}
     flops = {name: counts[0] for name, counts in bench.counted().items() if name in functions}
-    flops |= {name: timing.measure(function)[0] for name, function in limits.items()}
+    flops |= {name: measure(function)[0] for name, function in limits.items()}
     seconds = timing.alternate(functions, bench.device, repeats)
     speed = {name: flops[name] / statistics.median(seconds[name]) for name in functions}
     most = max(speed[name] for name in limits)

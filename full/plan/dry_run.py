@@ -5,18 +5,15 @@ tensors lack is: autocast, fused attention.
 
 import contextlib
 import dataclasses
-import weakref
-from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from add import ADD, Student
+from common.meter import Meter
 from full.backbones import Float32Conv2d, make_student_denoiser, make_teacher
 from full.parts import Ema
 from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
@@ -52,60 +49,15 @@ SHAPES = {  # outputs for which torch's own meta functions take half of the time
 }
 
 
-class Meter(TorchDispatchMode):
-    """Counts, for each part of an iteration, operations by precision and the peak of live bytes by
-    kind."""
+class MetaMeter(Meter):
+    """A Meter with faster shapes, which begins among the heads."""
 
     def __init__(self):
-        super().__init__()
-        self.part, self.kind = HEADS, "activations"
-        self.flops, self.live, self.peaks, self.storages = Counter(), Counter(), {}, {}
+        super().__init__(HEADS)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = SHAPES.get(func, func)(*args, **(kwargs or {}))
-        tensors = [
-            t
-            for t in (out if isinstance(out, (tuple, list)) else (out,))
-            if isinstance(t, torch.Tensor)
-        ]
-        for t in tensors:
-            self.add(t)
-        if count := flop_registry.get(func._overloadpacket):
-            # As make_accelerator lets torch compute.
-            rate = "tf32" if tensors[0].dtype == torch.float32 else "bf16"
-            self.flops[self.part, rate] += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def add(self, tensor, kind=None):
-        """Counts a tensor's storage once, while it lives; given a kind, under that, even if it was
-        counted before."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.storages:
-            size, kind = storage.nbytes(), kind or self.kind
-            self.storages[key] = weakref.ref(storage, lambda _: self._drop(key)), size, kind
-            self.live[kind] += size
-            if self.live.total() > self.peaks.get(self.part, Counter()).total():
-                self.peaks[self.part] = self.live.copy()
-        elif kind:
-            alive, size, before = self.storages[key]
-            self.storages[key] = alive, size, kind
-            self.live[before] -= size
-            self.live[kind] += size
-
-    def _drop(self, key):
-        _, size, kind = self.storages.pop(key)
-        self.live[kind] -= size
-
-    @contextlib.contextmanager
-    def inside(self, part, kind="activations"):
-        """What is made inside belongs to this part and is of this kind."""
-        before = self.part, self.kind
-        self.part, self.kind = part, kind
-        try:
-            yield
-        finally:
-            self.part, self.kind = before
+    def compute(self, func, args, kwargs):
+        """Tensors of the shapes that an operation gives."""
+        return SHAPES.get(func, func)(*args, **kwargs)
 
 
 def fused_attention():
@@ -239,7 +191,11 @@ class DryRun(Labelled):
         """({(part, precision): operations}, {part: {kind: bytes at its peak}}, {"half", "inputs":
         bytes}) of an iteration of one micro-batch; the last: what the student's half hands on, and
         what it was given."""
-        self.meter, heads, size = Meter(), self.add.discriminator.heads, self.settings.resolution
+        self.meter, heads, size = (
+            MetaMeter(),
+            self.add.discriminator.heads,
+            self.settings.resolution,
+        )
         buckets = [torch.empty_like(p) for p in self.trained] if self.whole_gradients else []
         for p, bucket in zip(self.trained, buckets or [None] * len(self.trained), strict=True):
             p.grad = bucket
@@ -258,9 +214,9 @@ class DryRun(Labelled):
             for kind, parameters in (("gradients", self.trained), ("heads", heads.parameters()))
             for p in parameters
         ]
-        raw = {"image": torch.empty(batch, 3, size, size, device=META), "caption": [""] * batch}
-        raw["sizes"] = torch.empty(batch, 6)
         with self.meter, fused_attention():
+            raw = {"image": torch.empty(batch, 3, size, size, device=META), "caption": [""] * batch}
+            raw["sizes"] = torch.empty(batch, 6)
             inputs = self.make_batch(raw)
             _, half = self.iteration([inputs])
         for hook in hooks:

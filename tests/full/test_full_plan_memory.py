@@ -15,7 +15,7 @@ from full.backbones import UNet
 from full.parts import make_accelerator
 from full.plan import dry_run, plan
 from full.plan.architectures import META
-from full.plan.dry_run import DryRun, Meter
+from full.plan.dry_run import DryRun, MetaMeter
 from full.plan.labels import HEADS, STEP, STUDENT
 from full.settings import Settings
 from full.train import Trainer
@@ -24,7 +24,7 @@ from full.train import Trainer
 
 
 def test_the_meter_counts_bytes_while_they_live():
-    meter, kept = Meter(), torch.empty(100, device=META)
+    meter, kept = MetaMeter(), torch.empty(100, device=META)
     meter.add(kept, "weights")
     with meter:
         with meter.inside("a"):
@@ -94,7 +94,7 @@ def test_autocast_holds_what_torch_holds_on_cuda(bare, variant):
         network.unet.down_blocks.requires_grad_(
             variant != "frozen in part"
         )  # whose casts are not kept
-        meter = Meter()
+        meter = MetaMeter()
         wrap(network, meter)
         with meter, dry_run.fused_attention():
             out = network(*inputs[:2], {"encoder_hidden_states": inputs[2]}).float()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from full.plan import dry_run, plan
 from full.plan.architectures import META, MetaBackbone, MetaTextFeatures, vit
-from full.plan.dry_run import DryRun, Meter
+from full.plan.dry_run import DryRun, MetaMeter
 from full.plan.labels import HEADS, STUDENT
 
 # Parameters and operations ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_operations_of_the_heads(sd15):
 
 
 def test_the_meter_counts_operations_by_precision():
-    meter, conv = Meter(), nn.Conv2d(3, 5, 3, padding=1, device=META)
+    meter, conv = MetaMeter(), nn.Conv2d(3, 5, 3, padding=1, device=META)
     with meter:
         for dtype in (torch.float32, torch.bfloat16):
             with meter.inside(str(dtype)):

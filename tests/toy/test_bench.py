@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import timing
+from common.meter import measure
 from toy import bench, time_to_quality
 from toy.distil import build_add, make_batch
 from toy.settings import PRESETS, Settings
@@ -35,10 +36,10 @@ def test_operations_and_live_memory_of_a_product():
         a @ b
         return (a @ b).sum()
 
-    flops, peak = timing.measure(twice)
+    flops, peak = measure(twice)
     assert flops == 2 * 2 * 8 * 16 * 32 and peak == 4 * 8 * 32 + 4
     x = torch.randn(8, requires_grad=True)
-    timing.measure(lambda: torch.autograd.grad(x.square().sum(), x, create_graph=True))
+    measure(lambda: torch.autograd.grad(x.square().sum(), x, create_graph=True))
 
 
 def test_the_naive_iteration_has_the_losses_of_add():
