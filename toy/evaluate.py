@@ -31,7 +31,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         images = draw()
         synchronize(device)
         seconds = time.time() - began
-        figures = measure(metric_net, images.cpu(), labels.cpu(), test, test_features, device)
+        figures = measure(metric_net, images.cpu(), labels.cpu(), test_features, device)
         asked = f"{name}, {steps} steps, guidance {guidance:g}"
         print(f"  {asked}: distance {figures['fd']:.2f}", flush=True)
         return figures | {
@@ -70,7 +70,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
     train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]
     unasked = ("steps", "guidance", "evaluations")  # of real images
     every_train = embed(metric_net, to_float(data.train_images), device)[0]
-    real = measure(metric_net, train, train_labels, test, test_features, device)
+    real = measure(metric_net, train, train_labels, test_features, device)
     return {
         "n": n,
         "test_images": len(test),

@@ -5,6 +5,9 @@ None of them is FID: the feature space is this toy's own, so values compare only
 folder's metric network.
 """
 
+import math
+import statistics
+
 import torch
 from torch.nn import functional
 
@@ -13,6 +16,7 @@ from toy.loop import descend, run_loop
 from toy.networks import MetricNet
 
 NEIGHBOURS = 5  # k of the k-NN precision and recall
+GROUPS, STUDENT_T = 10, 2.262  # of the jackknife; 95 % of a t distribution of 9 degrees of freedom
 
 
 def train_metric_net(stage):
@@ -76,16 +80,31 @@ def within_class_variance(x, labels):
     return torch.stack(variances).mean().item()
 
 
-def measure(network, images, labels, real_images, real_features, device):
+def margin(figure, x):
+    """Half of the 95 % interval that figure(x) has because x (N, …) is one sample of many: the
+    jackknife, which leaves out a tenth of x at a time (Efron & Tibshirani 1993, §11).
+
+    A bootstrap draws some samples twice. That adds to a Fréchet distance, and k-NN figures then
+    count a sample as its own neighbour.
+    """
+    parts = x.tensor_split(GROUPS)  # in a row, so that all classes stay equally frequent
+    without = [figure(torch.cat([*parts[:i], *parts[i + 1 :]])) for i in range(GROUPS)]
+    return STUDENT_T * (GROUPS - 1) / math.sqrt(GROUPS) * statistics.stdev(without)
+
+
+def measure(network, images, labels, real_features, device):
     """All figures for generated images with the class they were asked for; precision and recall use
-    as many real images as there are generated ones, since both depend on the number."""
+    as many real images as there are generated ones, since both depend on the number. fd_margin and
+    recall_margin: see margin."""
     features, predicted = embed(network, images, device)
     real = real_features[: len(features)]
     return {
         "fd": frechet_distance(features, real_features),
+        "fd_margin": margin(lambda x: frechet_distance(x, real_features), features),
         "accuracy": (predicted == labels).float().mean().item(),
         "precision": coverage_of(features, real),
         "recall": coverage_of(real, features),
+        "recall_margin": margin(lambda x: coverage_of(real, x), features),
         "variance_pixels": within_class_variance(images, labels),
         "variance_features": within_class_variance(features, labels),
     }

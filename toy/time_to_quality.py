@@ -28,7 +28,7 @@ from toy.data import to_float
 from toy.distil import prepare
 from toy.features import TeacherEncoder, make_features
 from toy.loop import Stage, TrainingError
-from toy.metrics import embed, measure, train_metric_net
+from toy.metrics import embed, frechet_distance, train_metric_net
 from toy.run import pick_device
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
 from toy.settings import Settings, stage_key
@@ -68,19 +68,13 @@ class Run:
         n = s.eval_images
         self.labels = balanced_labels(n, len(self.data.classes), device)
         self.noise = noise_for(n, self.data.train_images.shape[1:], s.seed + 5, device)
-        self.test = to_float(self.data.test_images)
-        self.test_features = embed(self.metric_net, self.test, device)[0]
+        test = to_float(self.data.test_images)
+        self.test_features = embed(self.metric_net, test, device)[0]
 
     def distance(self, images):
         """The Fréchet distance of generated images."""
-        return measure(
-            self.metric_net,
-            images.cpu(),
-            self.labels.cpu(),
-            self.test,
-            self.test_features,
-            self.device,
-        )["fd"]
+        features = embed(self.metric_net, images.cpu(), self.device)[0]
+        return frechet_distance(features, self.test_features)
 
     def of_the_teacher(self):
         """{steps: distance} at the best of the guidances."""

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import nn
 
-from toy.metrics import coverage_of, frechet_distance, within_class_variance
+from toy.metrics import (
+    STUDENT_T,
+    coverage_of,
+    frechet_distance,
+    margin,
+    within_class_variance,
+)
 from toy.networks import MetricNet, ViT
 
 
@@ -48,6 +54,24 @@ def test_coverage_is_the_share_inside_the_nearest_neighbour_balls():
     # Recall of a collapsed sampler.
     assert coverage_of(manifold, collapsed, k=5) == pytest.approx(0.1)
     assert coverage_of(collapsed, manifold, k=5) == 1  # while its precision is perfect
+
+
+def test_the_margin_of_a_mean_is_that_of_its_standard_error():
+    """Leaving out groups of one, the jackknife is exact: t · s / √n."""
+    x = torch.tensor([1.0, 4, 2, 8, 5, 7, 1, 3, 9, 6])
+    expected = pytest.approx(STUDENT_T * x.std().item() / 10**0.5, rel=1e-5)
+    assert margin(lambda x: x.mean().item(), x) == expected
+
+
+@pytest.mark.parametrize("figure", [frechet_distance, lambda x, real: coverage_of(real[:300], x)])
+def test_the_margin_covers_what_other_samples_give(figure):
+    """Against the spread over 60 independent samples: a t of 2.26 on both sides of the mean."""
+    g = torch.Generator().manual_seed(0)
+    real = torch.randn(2000, 8, generator=g)
+    samples = [0.8 * torch.randn(300, 8, generator=g) for _ in range(60)]
+    spread = STUDENT_T * torch.tensor([figure(x, real) for x in samples]).std().item()
+    margins = torch.tensor([margin(lambda x: figure(x, real), x) for x in samples[:20]])
+    assert 0.75 * spread < margins.mean().item() < 1.4 * spread
 
 
 def test_within_class_variance_does_not_see_what_is_between_classes():
