@@ -8,8 +8,7 @@ In a page a table stands between a marker and `<!-- end -->`:
 `<!-- report: NAME -->` is the table of figures of one run.
 `<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
 mean and, in parentheses, the least and the largest.
-`<!-- sweep: FILE CHANGE -->` has a row for each data set of the runs in results/FILE.json, whose
-settings differ from that commit's defaults by CHANGE: mean and range of the student's ratios.
+`<!-- short: GROUP GROUP … -->` likewise, with fewer columns.
 """
 
 import json
@@ -18,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toy.report import goals, meets
+from toy.report import best_teacher, goals, meets
 
 RESULTS = Path(__file__).resolve().parent
 
@@ -91,30 +90,26 @@ def spread(values, digits=3):
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-def sweep(file, change):
-    """Lines of the table with a row for each data set of the runs with that change. ValueError if
-    there are none."""
-    stored = json.loads((RESULTS / f"{file}.json").read_text())
-    runs = [run for run in stored["runs"] if run["change"] == change]
-    if not runs:
-        raise ValueError(f"results/{file}.json has no runs with the change '{change}'")
-    head = [
-        "data",
-        "device",
-        "seeds",
-        *(f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)),
-    ]
-    head += ["accuracy, 1 and 4 steps", "recall, 1 step, ×"]
+def short(groups, folder="results/"):
+    """Lines of the table with a row for each group: the student's main figures."""
+    steps = [f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)]
+    head = ["run", "seeds", *steps, "accuracy, 1 and 4 steps", "precision, 1 step"]
+    head.append("recall, 1 step, ×")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for data in dict.fromkeys(run["dataset"] for run in runs):
-        ones = [run for run in runs if run["dataset"] == data]
-        row = [data, stored["device"], str(len(ones))]
-        for k in ("1", "2", "4"):
-            row.append(spread([run["student"][k]["fd"] / run["teacher"]["fd"] for run in ones], 2))
-        accuracy = [sum(run["student"][k]["accuracy"] for run in ones) for k in ("1", "4")]
-        row.append(", ".join(f"{100 * a / len(ones):.1f} %" for a in accuracy))
-        recall = [run["student"]["1"]["recall"] / run["teacher"]["recall"] for run in ones]
-        row.append(spread(recall, 2))
+    for group in groups:
+        names = seeds_of(group)
+        every = [load(name, "results.json")["results"] for name in names]
+        teachers = [best_teacher(results) for results in every]
+        students = [{row["steps"]: row for row in results["student"]} for results in every]
+        pairs = list(zip(students, teachers, strict=True))
+        row = [f"[{group}]({folder}{names[0]}/report.md)", str(len(names))]
+        row += [spread([s[k]["fd"] / t["fd"] for s, t in pairs], 2) for k in (1, 2, 4)]
+        accuracy = [sum(s[k]["accuracy"] for s in students) / len(names) for k in (1, 4)]
+        row.append(", ".join(f"{100 * a:.1f} %" for a in accuracy))
+        mine = sum(s[1]["precision"] for s in students) / len(names)
+        its = sum(t["precision"] for t in teachers) / len(names)
+        row.append(f"{mine:.3f} (teacher {its:.3f})")
+        row.append(spread([s[1]["recall"] / t["recall"] for s, t in pairs], 2))
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -155,16 +150,16 @@ def fill(text, page="README.md"):
         marker = f"<!-- {kind}: {match[2]} -->"
         if "<!--" in old:
             raise ValueError(f"{page}: `{marker}` has no `<!-- end -->`")
-        if kind == "sweep":
-            lines = sweep(names[0], " ".join(names[1:]))
-            return "\n".join([marker, *lines, "<!-- end -->"])
         there = is_kept if kind == "report" else seeds_of
         if missing := [name for name in names if not there(name)]:
             raise ValueError(f"{page}: `{marker}` names {missing[0]}, which is not in results/")
-        lines = [table(names[0], "Figures")] if kind == "report" else summary(names, folder)
+        if kind == "report":
+            lines = [table(names[0], "Figures")]
+        else:
+            lines = {"summary": summary, "short": short}[kind](names, folder)
         return "\n".join([marker, *lines, "<!-- end -->"])
 
-    marked = r"<!-- (report|summary|sweep): ([^>]*?) -->\n(.*?)<!-- end -->"
+    marked = r"<!-- (report|summary|short): ([^>]*?) -->\n(.*?)<!-- end -->"
     return re.sub(marked, tables, text, flags=re.DOTALL)
 
 

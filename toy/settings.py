@@ -113,7 +113,7 @@ class Settings:
     distil_timesteps: tuple[int, ...] = option(
         (249, 499, 749, 999), "T_student; pure noise stands in for the last"
     )
-    distil_lambda: float = option(7.0, "weight of the distillation loss (the paper's: 2.5)")
+    distil_lambda: float = option(10.0, "weight of the distillation loss (the paper's: 2.5)")
     distil_gamma: float = option(1e-5, "weight of R1")
     distil_weight: str = option(
         "exponential", "c(t): exponential, sds or nfsd", ("exponential", "sds", "nfsd")
