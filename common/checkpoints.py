@@ -99,6 +99,12 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def brief(error):
+    """An error's kind and the beginning of its message, on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150] if lines else ''}"
+
+
 def write(path, state):
     """torch.save, complete on the disk under a temporary name before it takes the place of the one
     that was there. What was there before stays as PATH.previous. CheckpointError where nothing

@@ -5,19 +5,21 @@ from functools import partial
 
 from add import ddim
 from common.timing import synchronize
-from toy.data import to_float
+from toy.data import to_float, to_uint8
 from toy.metrics import embed, frechet_distance, measure
+from toy.report import best_teacher
 from toy.samplers import balanced_labels, dpm_solver, noise_for, sample_student, sample_teacher
 
 SOLVER_STEPS = 10  # of DPM-Solver++, about as good as 50 of DDIM
 
 
-def evaluate(data, settings, metric_net, teacher, started, student, device):
+def evaluate(data, settings, metric_net, teacher, started, student, device, fid=None):
     """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, each from
     eval_images images.
 
     The teacher's guidance is the one of eval_guidances with the least distance at
-    eval_search_steps. "solver" is a row of the teacher with a faster sampler.
+    eval_search_steps. "solver" is a row of the teacher with a faster sampler. With fid (load_fid)
+    the student's rows, and the one that it is held against, have "fid" as well.
     """
     n, shape = settings.eval_images, data.train_images.shape[1:]
     labels = balanced_labels(n, len(data.classes), device)
@@ -71,7 +73,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
     unasked = ("steps", "guidance", "evaluations")  # of real images
     every_train = embed(metric_net, to_float(data.train_images), device)[0]
     real = measure(metric_net, train, train_labels, test_features, device)
-    return {
+    results = {
         "n": n,
         "test_images": len(test),
         "metric_accuracy": (predicted == data.test_labels).float().mean().item(),
@@ -84,3 +86,30 @@ def evaluate(data, settings, metric_net, teacher, started, student, device):
         "started": student_rows("student before ADD", started),
         "student": student_rows("ADD student", student),
     }
+    if fid is not None:
+        add_fid(fid, results, data, settings, teacher, student, device)
+    return results
+
+
+def add_fid(fid, results, data, settings, teacher, student, device):
+    """Give the student's rows, and the teacher's at most steps and best guidance, their FID:
+    inception_images generated images against all training images."""
+    n, shape = settings.inception_images, data.train_images.shape[1:]
+    labels = balanced_labels(n, len(data.classes), device)
+    noise = noise_for(n, shape, settings.seed + 7, device)
+
+    def update(images, real):
+        for chunk in images.split(100):
+            fid.update(chunk.expand(-1, 3, -1, -1).to(device), real=real)
+
+    update(data.train_images, real=True)
+    best = best_teacher(results)
+    for row in (best, *results["student"]):
+        if row is best:
+            images = sample_teacher(teacher, noise, labels, row["steps"], row["guidance"])
+        else:
+            images = sample_student(student, noise, labels, row["steps"], settings.seed + 8)
+        fid.reset()
+        update(to_uint8(images), real=False)
+        row["fid"], row["fid_images"] = float(fid.compute()), n
+        print(f"  {row['name']}, {row['steps']} steps: FID {row['fid']:.2f}", flush=True)

@@ -95,6 +95,9 @@ def table(results):
         "| precision | recall | variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    has_fid = "fid" in results["student"][0]
+    if has_fid:
+        lines = [lines[0] + f" FID ({results['student'][0]['fid_images']:,}) |", lines[1] + "---|"]
     teachers, students = results["teacher"], [*results["started"], *results["student"]]
     for row in [real, *teachers, results["solver"], *students]:
         asked = [row[name] for name in ("steps", "guidance", "evaluations")]
@@ -103,6 +106,7 @@ def table(results):
         ratios = (row[v] / real[v] for v in ("variance_pixels", "variance_features"))
         variance = " · ".join(f"{x:.2f}" for x in ratios)
         speed = f"{row['images_per_second']:.0f}" if "images_per_second" in row else ""
+        fid = f"{row['fid']:.2f}" if "fid" in row else ""
         distance, recall = (
             f"{row[figure]:.2f}" + (f" ± {row[margin]:.2f}" if margin in row else "")
             for figure, margin in (("fd", "fd_margin"), ("recall", "recall_margin"))
@@ -110,7 +114,7 @@ def table(results):
         lines.append(
             f"| {name} | {steps} | {guidance} | {evaluations} | {distance} "
             f"| {row['accuracy']:.1%} | {row['precision']:.2f} | {recall} "
-            f"| {variance} | {speed} |"
+            f"| {variance} | {speed} |" + has_fid * f" {fid} |"
         )
     return lines
 

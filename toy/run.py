@@ -34,6 +34,7 @@ from common.checkpoints import (
     stop_on_signals,
     write_text,
 )
+from common.fid import load_fid
 from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy import pictures, report
@@ -176,7 +177,10 @@ def run(arguments, given):
     def stage(name):
         return Stage(folder / name, data, settings, device, keys[name])
 
-    # F comes first: a DINOv2 that cannot be loaded should not cost a teacher's training.
+    # What may have to be downloaded comes first: failing, it should not cost a teacher's training.
+    fid = None
+    if settings.inception != "none":
+        fid = load_fid("" if settings.inception == "auto" else settings.inception).to(device)
     features, seconds["features"] = make_features(stage("features"))
     metric_net, seconds["metric"] = train_metric_net(stage("metric"))
     teacher, seconds["teacher"] = train_teacher(stage("teacher"))
@@ -189,7 +193,7 @@ def run(arguments, given):
     if stored.get("key") != keys["eval"]:
         began = time.time()
         print("evaluation", flush=True)
-        results = evaluate(data, settings, metric_net, teacher, started, student, device)
+        results = evaluate(data, settings, metric_net, teacher, started, student, device, fid)
         stored = {"key": keys["eval"], "seconds": time.time() - began, "results": results}
         write_text(path, json.dumps(stored, indent=1) + "\n")
     results, seconds["evaluation"] = stored["results"], stored["seconds"]

@@ -151,6 +151,15 @@ class Settings:
         limits=(1, 1000),
     )
 
+    inception: str = option(
+        "none",
+        "FID besides, in Inception's features: none, auto (its weights are downloaded), or a file "
+        "with torch-fidelity's weights; needs full/requirements.txt",
+    )
+    inception_images: int = option(
+        10_000, "generated images that an FID is taken from", limits=(20, 10**6)
+    )
+
     def __post_init__(self):
         check_choices(self)
         check_limits(self)
@@ -256,7 +265,7 @@ STAGES = {
     "teacher": (("data",), ("precision", "flip")),
     "features": (("data",), ()),
     "distil": (("teacher", "features"), ()),
-    "eval": (("metric", "distil"), ()),
+    "eval": (("metric", "distil"), ("inception", "inception_images")),
 }
 
 

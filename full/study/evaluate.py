@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from common.checkpoints import brief
+from common.fid import load_fid
 from common.flags import add_flags, check_choices, flag, option
 from full.sample import call_of, load_pipeline
 from full.settings import DTYPES, from_name, torch_dtype
@@ -33,9 +35,7 @@ from full.study.metrics import (
     CAPTIONS,
     ClipScore,
     add_real,
-    brief,
     chunks,
-    load_fid,
     measure,
     read_coco,
 )

@@ -6,11 +6,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
+
+from common.checkpoints import brief
 
 CAPTIONS = "annotations/captions_val2017.json"
 
@@ -23,12 +24,6 @@ class Sample:
     caption: str
     name: str
     seed: int
-
-
-def brief(error):
-    """An error's kind and the beginning of its message, on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
 def chunks(items, n):
@@ -66,38 +61,6 @@ def read_coco(folder, count, seed):
         for i, (f, c) in enumerate(found[:count])
     ]
     return samples, hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-
-
-def load_fid(path):
-    """torchmetrics' FID on 2048 Inception features, resized as in the original, that is, without
-    antialiasing."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    try:
-        # Read here first, for the library unpickles anything: what passes is weights and nothing
-        # else.
-        if path:
-            torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", check_hash=True, weights_only=True
-            )
-        options = {"antialias": False, "reset_real_features": False}
-        return FrechetInceptionDistance(feature_extractor_weights_path=path or None, **options)
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        EOFError,
-        UnpicklingError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        where = f"{path}: no Inception weights" if path else "(none given): the download failed"
-        raise ValueError(
-            f"--inception {where} ({brief(error)}); fetch {url} and name that file"
-        ) from error
 
 
 class ClipScore:
