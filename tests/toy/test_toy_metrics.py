@@ -56,6 +56,28 @@ def test_coverage_is_the_share_inside_the_nearest_neighbour_balls():
     assert coverage_of(collapsed, manifold, k=5) == 1  # while its precision is perfect
 
 
+@pytest.mark.parametrize(
+    "scale, k, precision, recall",
+    [
+        (1.6, 5, 0.56, 1),
+        (1.6, 3, 0.28, 1),
+        (2.2, 5, 0.1, 1),
+        (0.6, 5, 1, 0.65),
+        (0.6, 3, 1, 11 / 30),
+    ],
+)
+def test_precision_and_recall_are_those_of_prdc(scale, k, precision, recall):
+    """Against prdc 0.2 (Naeem et al. 2020) on the same points: compute_prdc(real, fake, k)."""
+
+    def points(n, phase, scale):
+        i, j = torch.arange(n).double()[:, None], torch.arange(4).double()[None]
+        return scale * torch.sin(1.7 * i * (j + 1) ** 0.5 + phase + 0.3 * j)
+
+    real, fake = points(60, 0.0, 1.0), points(50, 0.5, scale)
+    assert coverage_of(fake, real, k) == pytest.approx(precision)
+    assert coverage_of(real, fake, k) == pytest.approx(recall)
+
+
 def test_the_margin_of_a_mean_is_that_of_its_standard_error():
     """Leaving out groups of one, the jackknife is exact: t · s / √n."""
     x = torch.tensor([1.0, 4, 2, 8, 5, 7, 1, 3, 9, 6])
