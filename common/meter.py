@@ -24,7 +24,7 @@ class Meter(TorchDispatchMode):
         self.flops, self.live, self.peaks, self.storages = Counter(), Counter(), {}, {}
 
     def compute(self, func, args, kwargs):
-        """What an operation gives."""
+        """Run the operation."""
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -40,7 +40,7 @@ class Meter(TorchDispatchMode):
             if t.untyped_storage()._cdata not in given:  # neither a view nor changed in place
                 self.add(t)
         if count := flop_registry.get(func._overloadpacket):
-            # As make_accelerator lets torch compute.
+            # float32 is named as GPUs may compute it.
             rate = "tf32" if tensors[0].dtype == torch.float32 else "bf16"
             self.flops[self.part, rate] += count(*args, **kwargs, out_val=out)
         return out
@@ -78,7 +78,13 @@ class Meter(TorchDispatchMode):
 
 
 def measure(function):
-    """(floating-point operations, most bytes of tensors at once) of a call."""
+    """({"bf16" or "tf32": floating-point operations}, most bytes of tensors at once) of a call."""
     with Meter() as meter:
         function()
-    return meter.flops.total(), max((peak.total() for peak in meter.peaks.values()), default=0)
+    flops = {rate: n for (_, rate), n in meter.flops.items()}
+    return flops, max((peak.total() for peak in meter.peaks.values()), default=0)
+
+
+def least_seconds(flops, rates):
+    """Seconds that {rate: operations} take at {rate: operations a second}."""
+    return sum(n / rates[rate] for rate, n in flops.items())

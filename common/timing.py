@@ -68,9 +68,10 @@ def limits(device, dtype, size=None):
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(32, size // 8, 32, 32, device=device, dtype=dtype)
     w = torch.randn(size // 8, size // 8, 3, 3, device=device, dtype=dtype)
+    kind = str(dtype).removeprefix("torch.")
     return {
-        f"matrix product, {size}": lambda: a @ b,
-        f"convolution 3×3, {size // 8} channels": lambda: torch.conv2d(x, w, padding=1),
+        f"matrix product, {size}, {kind}": lambda: a @ b,
+        f"convolution 3×3, {size // 8} channels, {kind}": lambda: torch.conv2d(x, w, padding=1),
     }
 
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
 from common.checkpoints import CheckpointError, be_deterministic, one_line
 from common.flags import add_flags, from_dict
-from common.meter import measure
+from common.meter import least_seconds, measure
 from full import random_weights
 from full.parts import TrainingError, make_accelerator
 from full.plan.labels import HEADS, Labelled
@@ -141,23 +141,23 @@ def gpu_of(device):
 
 
 def limits(device, precision):
-    """{"bf16" or "tf32": operations a second} of a matrix product in the settings' type and in
-    float32, as make_accelerator lets torch compute: the plan's names of rates."""
+    """{rate: operations a second} of a matrix product, for the plan's two rates: of the type that
+    the networks compute in, and of float32 as make_accelerator lets torch compute."""
     half = torch.bfloat16 if precision == "bf16" else torch.float32
     rates = {}
     for rate, dtype in (("bf16", half), ("tf32", torch.float32)):
         name, product = next(iter(timing.limits(device, dtype).items()))
         seconds = timing.alternate({name: product}, device, repeats=5)[name]
-        rates[rate] = measure(product)[0] / statistics.median(seconds)
+        rates[rate] = sum(measure(product)[0].values()) / statistics.median(seconds)
     return rates
 
 
-def least_seconds(flops, rates):
-    """{part: seconds that {(part, rate): operations} take at those rates}."""
-    seconds = Counter()
+def by_part(flops):
+    """{part: {rate: operations}} of {(part, rate): operations}."""
+    parts = defaultdict(dict)
     for (part, rate), n in flops.items():
-        seconds[part] += n / rates[rate]
-    return seconds
+        parts[part][rate] = n
+    return parts
 
 
 def whole_iterations(measured, gpu):
@@ -178,7 +178,7 @@ def whole_iterations(measured, gpu):
                 f"{row['least_seconds'] / middle:.0%}",
             ]
         )
-    head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "of a matrix product's FLOP/s"]
+    head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "least time / time"]
     return timing.table(head, rows)
 
 
@@ -195,7 +195,7 @@ def parts_of(row):
         ]
         for name, part in sorted(row["parts"].items(), key=lambda item: -item[1]["seconds"])
     ]
-    head = [f"batch {row['batch']}, one iteration", "ms", "share", "of the FLOP/s", "GB"]
+    head = [f"batch {row['batch']}, one iteration", "ms", "share", "least time / time", "GB"]
     return timing.table(head, rows)
 
 
@@ -219,23 +219,24 @@ def run(arguments, given):
                 measured.append({"batch": batch, "failed": "out of memory"})
                 break
             flops = plan.operations(batch)
-            least = least_seconds(flops, rates)
+            least = {part: least_seconds(n, rates) for part, n in by_part(flops).items()}
             row |= {"planned": plan.total("one GPU", batch), "flops": sum(flops.values())}
-            row["least_seconds"] = least.total()
+            row["least_seconds"] = sum(least.values())
             for part in row["parts"]:
-                row["parts"][part]["least_seconds"] = least[part]
+                row["parts"][part]["least_seconds"] = least.get(part, 0)
             measured.append(row)
     command = " ".join(["python full/bench.py", *arguments.argv])
     lines = [
         f"`{command}`, {timing.machine(device)}, {settings.precision}, {settings.resolution} px. "
         f"A matrix product: {rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
-        f"{rates['tf32'] / 1e12:.3g} in float32. Medians and quartiles.",
+        f"{rates['tf32'] / 1e12:.3g} in float32. The least time is that of the arithmetic at these "
+        "rates. Medians and quartiles.",
         "",
         *whole_iterations(measured, gpu),
         "",
     ]
-    for row in [row for row in measured if row.get("parts")][-1:]:  # of the largest batch
-        lines += [*parts_of(row), ""]
+    if divided := [row for row in measured if row.get("parts")]:
+        lines += [*parts_of(divided[-1]), ""]
     stored = {
         "command": command,
         "machine": timing.machine(device),

@@ -1,7 +1,7 @@
 """What a training step and a sample cost beside the bare networks in them: python toy/bench.py
 
-Everything is measured in one process, in turns. The networks have random weights, which stay what
-they are. Writes NAME.json and NAME.md.
+What is compared is measured in turns, in one process. The networks have random weights, which stay
+what they are. Writes NAME.json and NAME.md.
 """
 
 import os
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
 from common import timing
 from common.checkpoints import one_line
-from common.meter import measure
+from common.meter import least_seconds, measure
 from toy.data import Dataset, to_float
 from toy.distil import make_batch, prepare
 from toy.features import TeacherEncoder
@@ -43,6 +43,7 @@ class Bench:
     iteration as a function without arguments."""
 
     def __init__(self, settings, device):
+        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
         # Pieces that run alone leave gradients that mean nothing: no optimiser may act on them.
         settings = dataclasses.replace(settings, distil_student_lr=1e-12, distil_heads_lr=1e-12)
         self.settings, self.device = settings, device
@@ -140,8 +141,8 @@ class Bench:
     def naive(self):
         """An iteration as public re-implementations write it: the student runs again for the
         heads' half, F sees its images twice, and R1 goes through F to the pixels. The moving
-        average is updated parameter by parameter, each logged value is read separately, and a GPU
-        records nothing."""
+        average is updated parameter by parameter, each logged value is read separately, and no
+        CUDA graph is used."""
         settings, heads, features = self.settings, copy.deepcopy(self.parts["heads"]), self.features
         student = copy.deepcopy(self.student)
         network, teacher = student.denoiser.network, self.teacher
@@ -251,22 +252,35 @@ def sampling(bench, repeats):
 
 
 def limits(bench, repeats):
-    """Achieved FLOP/s of each piece beside a matrix product and a convolution of its type."""
-    dtype = torch.bfloat16 if bench.settings.precision == "bf16" else torch.float32
-    limits = timing.limits(bench.device, dtype)
-    pieces = {k: f for k, f in bench.pieces().items() if k not in ("optimisers", "moving average")}
-    functions = limits | pieces | {"ADD step": bench.step}
-    flops = {name: counts[0] for name, counts in bench.counted().items() if name in functions}
-    flops |= {name: measure(function)[0] for name, function in limits.items()}
+    """Achieved FLOP/s of each piece, and its least time over its time: the least is what a matrix
+    product or a convolution of the same types would need."""
+    types = {"tf32": torch.float32}
+    if bench.settings.precision == "bf16":
+        types["bf16"] = torch.bfloat16
+    machine = {rate: timing.limits(bench.device, dtype) for rate, dtype in types.items()}
+    flops = {name: counts[0] for name, counts in bench.counted().items()}
+    flops = {name: n for name, n in flops.items() if n}
+    flops |= {name: measure(f)[0] for of_type in machine.values() for name, f in of_type.items()}
+    functions = bench.pieces() | {"ADD step": bench.step}
+    for of_type in machine.values():
+        functions |= of_type
+    functions = {name: functions[name] for name in flops}
     seconds = timing.alternate(functions, bench.device, repeats)
-    speed = {name: flops[name] / statistics.median(seconds[name]) for name in functions}
-    most = max(speed[name] for name in limits)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    speed = {name: sum(flops[name].values()) / middle[name] for name in flops}
+    rates = {rate: max(speed[name] for name in of_type) for rate, of_type in machine.items()}
+    least = {name: least_seconds(flops[name], rates) for name in flops}
     rows = [
-        [name, f"{flops[name] / 1e9:.2f}", f"{speed[name] / 1e9:.1f}", f"{speed[name] / most:.0%}"]
-        for name in functions
+        [
+            name,
+            f"{sum(flops[name].values()) / 1e9:.2f}",
+            f"{speed[name] / 1e9:.1f}",
+            f"{least[name] / middle[name]:.0%}",
+        ]
+        for name in flops
     ]
-    head = [f"{str(dtype).removeprefix('torch.')}", "GFLOP", "GFLOP/s", "of the machine's"]
-    return {"flops": flops, "flops_per_second": speed}, timing.table(head, rows)
+    stored = {"flops": flops, "flops_per_second": speed, "least_seconds": least}
+    return stored, timing.table(["", "GFLOP", "GFLOP/s", "least time / time"], rows)
 
 
 def growth(bench, repeats):
@@ -305,7 +319,7 @@ def _one_of_many(settings, device, threads, barrier, queue, repeats):
     for _ in range(3):
         bench.step()
     timing.synchronize(device)
-    barrier.wait(timeout=600)
+    barrier.wait(timeout=60)
     began = time.perf_counter()
     for _ in range(repeats):
         bench.step()
@@ -330,7 +344,8 @@ def processes(bench, repeats):
         name = f"{count} process{'es' * (count > 1)}, {threads} thread{'s' * (threads > 1)}"
         seconds[name] = [queue.get() for _ in children]
         speed = sum(1 / value for value in seconds[name])
-        rows.append([name, timing.milliseconds(seconds[name]), f"{speed:.2f}"])
+        each = ", ".join(f"{1e3 * value:.3g}" for value in seconds[name])
+        rows.append([name, each, f"{speed:.2f}"])
     return seconds, timing.table(["", "ms", "steps a second, all together"], rows)
 
 
@@ -372,7 +387,6 @@ def main(argv=None):
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         device = pick_device(arguments.device)
-        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)

@@ -81,8 +81,8 @@ def within_class_variance(x, labels):
 
 
 def margin(figure, x):
-    """Half of the 95 % interval that figure(x) has because x (N, …) is one sample of many: the
-    jackknife, which leaves out a tenth of x at a time (Efron & Tibshirani 1993, §11).
+    """Half of the 95 % confidence interval of figure(x) over samples x (N, …): the jackknife, which
+    leaves out a tenth of x at a time (Efron & Tibshirani 1993, §11).
 
     A bootstrap draws some samples twice. That adds to a Fréchet distance, and k-NN figures then
     count a sample as its own neighbour.

@@ -179,7 +179,7 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         f"{n} real training images in the place of generated ones give the first row; "
         f"all of them give {results['floor']:.2f}. "
         f"Precision and recall: k-NN, k = 5, against {n} test images. "
-        f"±: where the figure of other {n} images would be, 95 times in 100 (jackknife). "
+        f"±: 95 % confidence interval over draws of {n} images (jackknife). "
         "Variance: within a class, mean over the classes. "
         "The teacher's guidance is the one with the least distance at "
         f"{results['search_steps']} steps, of {guidances}; the student uses none.",

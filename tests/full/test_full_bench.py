@@ -7,6 +7,7 @@ import pytest
 import torch
 from full_runs import flags
 
+from common.meter import least_seconds
 from full import bench, random_weights
 from full.plan.labels import HEADS
 
@@ -36,8 +37,9 @@ def test_a_stopwatch_gives_each_part_its_time(monkeypatch):
 
 def test_the_least_time_is_each_precision_at_its_own_rate():
     flops = {("student", "bf16"): 80, ("student", "tf32"): 10, (HEADS, "tf32"): 5}
-    seconds = bench.least_seconds(flops, {"bf16": 40, "tf32": 5})
-    assert seconds == {"student": 2 + 2, HEADS: 1}
+    rates = {"bf16": 40, "tf32": 5}
+    parts = bench.by_part(flops).items()
+    assert {name: least_seconds(n, rates) for name, n in parts} == {"student": 2 + 2, HEADS: 1}
 
 
 @pytest.mark.parametrize(
