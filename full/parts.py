@@ -106,7 +106,7 @@ class Parts:
         self.settings, self.accelerator, self.folder = settings, accelerator, folder
         self.device, rank = accelerator.device, accelerator.process_index
         self.step, self.skipped, self.nonfinite, self.batches = 0, 0, 0, None
-        # Of the last 200 iterations: had the discriminator won?
+        # Of the last iterations: had the discriminator won?
         self.won = torch.zeros(0, dtype=torch.bool, device=self.device)
         # The data first: mistakes there are cheap.
         self.loader = data.make_loader(settings, rank, accelerator.num_processes)

@@ -16,6 +16,7 @@ from full import checkpoint, data, export, pictures
 from full.parts import Parts, TrainingError, repeat
 from full.settings import NFSD_NEGATIVE
 
+REMEMBERED = 200  # iterations of which the log says who has won
 SHOWN = ("adversarial", "distillation", "hinge", "images_per_second")  # beside the progress bar
 
 
@@ -146,7 +147,7 @@ class Trainer(Parts):
                 if log:
                     won = self.accelerator.reduce(log["discriminator_won"], "mean")
                     # Nothing is read here: that would wait for the GPU.
-                    self.won = torch.cat([self.won[-199:], won[None] > 0.5])
+                    self.won = torch.cat([self.won, won[None] > 0.5])[-REMEMBERED:]
                 if self.is_due(settings.log_every) or self.step == settings.steps:
                     row = self.log_row(log, images / (time.time() - began), int(skipped))
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})

@@ -8,12 +8,14 @@ import signal
 import sys
 
 import pytest
+import torch
 from full_runs import FIVE, assert_same_run, flags, last, log_of, train
 from trust import on_a_small_disk
 
 from common import checkpoints as storage
 from common.checkpoints import read, write
 from full import run
+from full import train as full_train
 from full.train import Trainer
 
 
@@ -194,6 +196,21 @@ def test_what_is_not_finite_stops_the_run_or_is_skipped_and_counted(
         read(tmp_path / "b" / "checkpoints" / f"step_000000{n}" / "training.pt") for n in (2, 3)
     ]
     assert all(x.isfinite().all() for state in states for x in state["network"].values())
+
+
+@pytest.mark.parametrize("remembered, says", [(200, True), (2, False)])
+def test_the_log_says_who_has_won_most_of_the_last_iterations(
+    checkpoints, tmp_path, monkeypatch, remembered, says
+):
+    """Three of five; none of the last two, before which the run stops and goes on."""
+    real, won = full_train.heads_log, iter([1.0, 1.0, 1.0, 0.0, 0.0])
+    log = lambda half: real(half) | {"discriminator_won": torch.tensor(next(won))}  # noqa: E731
+    monkeypatch.setattr(full_train, "heads_log", log)
+    monkeypatch.setattr(full_train, "REMEMBERED", remembered)
+    train(checkpoints, tmp_path, steps=3, save_every=3)
+    train(checkpoints, tmp_path, "--resume", "auto", steps=5, save_every=3)
+    rows = log_of(tmp_path)
+    assert [row["discriminator_won"] for row in rows] == [1, 1, 1, says, says]
 
 
 def test_the_log_tells_the_health_of_a_run(checkpoints, tmp_path):
