@@ -62,7 +62,10 @@ def test_the_guidance_is_searched_for_at_the_steps_asked_for(finished, tmp_path,
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert run.main([*TINY, "--out", str(folder), *flags]) == 0
     results = json.loads((folder / "results.json").read_text())["results"]
-    best = results["best_guidance"]
+    best, report = results["best_guidance"], (folder / "report.md").read_text()
+    for row in results["student"]:
+        assert row["fd_margin"] > 0 and row["recall_margin"] >= 0
+        assert f"| {row['fd']:.2f} ± {row['fd_margin']:.2f} |" in report
     expected = [(steps, best if guidance is None else guidance) for steps, guidance in rows]
     assert [(row["steps"], row["guidance"]) for row in results["teacher"]] == expected
     assert results["search_steps"] == 4
