@@ -25,6 +25,7 @@ from toy.loop import (
     warm_up_then_decay,
 )
 from toy.networks import has_bf16
+from toy.public import make_public
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
@@ -160,7 +161,8 @@ def distil(stage, teacher, features):
     network.load_state_dict(parts["ema"].module.state_dict())
     state = {
         "settings": dataclasses.asdict(settings),
-        "classes": list(data.classes),
+        "classes": list(data.classes) if settings.conditional else ["any"],
+        "public": getattr(network, "description", None),
         "shape": list(data.train_images.shape[1:]),
         "network": network.state_dict(),
         "mean": teacher.encode.mean,
@@ -182,11 +184,14 @@ def load_student(folder):
     state = read(path)
     try:
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
-        standardize = Standardize(state["mean"], state["std"])
-        denoiser = make_denoiser(state["shape"][0], len(classes), settings, standardize)
+        if settings.conditional:
+            standardize = Standardize(state["mean"], state["std"])
+            denoiser = make_denoiser(state["shape"][0], len(classes), settings, standardize)
+        else:
+            denoiser = make_public(state["public"], len(classes), settings.precision == "bf16")
         denoiser.network.load_state_dict(state["network"])
         denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (ImportError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a student of this version ({one_line(error)[:200]}); train it again"
         ) from error

@@ -76,6 +76,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device, fid=
     results = {
         "n": n,
         "test_images": len(test),
+        "conditional": settings.conditional,
         "metric_accuracy": (predicted == data.test_labels).float().mean().item(),
         "floor": frechet_distance(every_train, test_features),  # what no sampler can be below
         "real": real | {"name": "real training images"} | dict.fromkeys(unasked),

@@ -15,7 +15,7 @@ from common.features import noised, readout
 from common.images import resize
 from toy.data import Batches
 from toy.loop import GeneratorState, descend, run_loop
-from toy.networks import ResidualBlock, ViT
+from toy.networks import ViT
 
 NOISE = 0.6  # most that an F which denoises is shown
 
@@ -34,8 +34,7 @@ class TeacherEncoder(nn.Module):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
         self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
-        layers = (*network.down, *network.middle)
-        channels = [b.conv2.out_channels for b in layers if isinstance(b, ResidualBlock)]
+        channels = network.map_channels
         self.finest = network.blocks  # how many maps have the finest resolution
         self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
         self.width = self.channels[-1]

@@ -107,6 +107,8 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(
             [SelfAttention(width), ResidualBlock(width, width, embedding, dropout)]
         )
+        # Of the maps that encode gives.
+        self.map_channels = [w for w in widths for _ in range(blocks)] + [width]
         for w, above in zip(reversed(widths), (*reversed(widths[:-1]), None), strict=True):
             self.up.extend(ResidualBlock(2 * w, w, embedding, dropout) for _ in range(blocks))
             if above:

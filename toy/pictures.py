@@ -118,12 +118,16 @@ def targets(path, student, teacher, data, settings, device, columns=10):
 
 
 def curves(path, folder):
-    """Losses of the teacher and of both sides of ADD."""
+    """Losses of the teacher, if it was trained here, and of both sides of ADD."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3))
-    teacher, add = read_log(folder / "teacher" / "log.csv"), read_log(folder / "distil" / "log.csv")
-    axes[0].plot(teacher["step"], teacher["loss"], color=TEACHER)
-    axes[0].set_title("teacher: |v - v̂|²")
-    axes[0].set_yscale("log")
+    add = read_log(folder / "distil" / "log.csv")
+    if (folder / "teacher" / "log.csv").exists():
+        teacher = read_log(folder / "teacher" / "log.csv")
+        axes[0].plot(teacher["step"], teacher["loss"], color=TEACHER)
+        axes[0].set_title("teacher: mean square error")
+        axes[0].set_yscale("log")
+    else:
+        axes[0].set_title("teacher: a public one")
     axes[1].plot(add["step"], add["adversarial"], color=STUDENT)
     axes[1].set_title("student: adversarial, Eq. 2")
     axes[2].plot(add["step"], add["distillation"], color=STUDENT)

@@ -45,7 +45,7 @@ from toy.loop import Stage, TrainingError
 from toy.metrics import train_metric_net
 from toy.networks import has_bf16
 from toy.settings import PRESETS, STAGES, Settings, stage_key
-from toy.teacher import train_teacher
+from toy.teacher import make_teacher
 
 
 def parse_arguments(argv):
@@ -166,6 +166,8 @@ def run(arguments, given):
     flip = {"auto": "true" if data.kind == "cifar10" else "false"}.get(settings.flip, settings.flip)
     # A resumed "auto" must not come to other data, or another precision.
     settings = dataclasses.replace(settings, dataset=data.kind, precision=precision, flip=flip)
+    if not settings.conditional:  # there are no classes to guide by, nor to judge by
+        settings = dataclasses.replace(settings, eval_guidances=(1.0,), distil_c_text=False)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -181,9 +183,11 @@ def run(arguments, given):
     fid = None
     if settings.inception != "none":
         fid = load_fid("" if settings.inception == "auto" else settings.inception).to(device)
+    if not settings.conditional:
+        make_teacher(stage("teacher"))
     features, seconds["features"] = make_features(stage("features"))
     metric_net, seconds["metric"] = train_metric_net(stage("metric"))
-    teacher, seconds["teacher"] = train_teacher(stage("teacher"))
+    teacher, seconds["teacher"] = make_teacher(stage("teacher"))
     features = features or TeacherEncoder(teacher, settings.seed)
     started = make_student(teacher, settings).eval()
     student, seconds["ADD"] = distil(stage("distil"), teacher, features)

@@ -61,6 +61,11 @@ class Settings:
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
 
+    teacher: str = option(
+        "train",
+        "train, or a public one: a Hub name or folder of a diffusers DDPM without classes, such as "
+        "google/ddpm-cifar10-32; needs full/requirements.txt",
+    )
     teacher_widths: tuple[int, ...] = option(
         (32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT
     )
@@ -160,6 +165,11 @@ class Settings:
         10_000, "generated images that an FID is taken from", limits=(20, 10**6)
     )
 
+    @property
+    def conditional(self):
+        """Whether the teacher knows classes; public ones do not."""
+        return self.teacher == "train"
+
     def __post_init__(self):
         check_choices(self)
         check_limits(self)
@@ -183,6 +193,11 @@ class Settings:
             raise ValueError(
                 f"--distil-teacher-steps {self.distil_teacher_steps}: must be 1 with "
                 "--distil-weight nfsd"
+            )
+        if not self.conditional and (self.distil_guidance != 1 or self.distil_weight == "nfsd"):
+            raise ValueError(
+                f"--teacher {self.teacher}: has no classes, so no --distil-guidance other than 1 "
+                "and no --distil-weight nfsd"
             )
         # The teacher's encoder, as F, folds its finest maps once more.
         least = 2 ** max(2, len(self.teacher_widths))

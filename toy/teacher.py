@@ -81,6 +81,15 @@ def training_target(x_0, noise, alpha, sigma, prediction):
     return {"epsilon": noise, "v": alpha * noise - sigma * x_0, "x_0": x_0}[prediction]
 
 
+def make_teacher(stage):
+    """(frozen Denoiser, seconds): trained here, or a public one."""
+    if stage.settings.conditional:
+        return train_teacher(stage)
+    from toy.public import public_teacher
+
+    return public_teacher(stage), 0.0
+
+
 def train_teacher(stage):
     """(Denoiser with the EMA weights, seconds)."""
     data, settings, device = stage.data, stage.settings, stage.device

@@ -32,7 +32,7 @@ from toy.metrics import embed, frechet_distance, train_metric_net
 from toy.run import pick_device
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
 from toy.settings import Settings, stage_key
-from toy.teacher import train_teacher
+from toy.teacher import make_teacher
 
 TEACHER_STEPS = (8, 25, 50)
 
@@ -62,7 +62,7 @@ class Run:
 
         features, _ = make_features(stage("features"))
         self.metric_net, _ = train_metric_net(stage("metric"))
-        self.teacher, _ = train_teacher(stage("teacher"))
+        self.teacher, _ = make_teacher(stage("teacher"))
         self.features = features or TeacherEncoder(self.teacher, s.seed)
         self.stage = stage("distil")
         n = s.eval_images
