@@ -252,8 +252,7 @@ def sampling(bench, repeats):
 
 
 def limits(bench, repeats):
-    """Achieved FLOP/s of each piece, and its least time over its time: the least is what a matrix
-    product or a convolution of the same types would need."""
+    """Achieved FLOP/s, and the time that a large matrix product would need, over the real one."""
     types = {"tf32": torch.float32}
     if bench.settings.precision == "bf16":
         types["bf16"] = torch.bfloat16
@@ -280,7 +279,7 @@ def limits(bench, repeats):
         for name in flops
     ]
     stored = {"flops": flops, "flops_per_second": speed, "least_seconds": least}
-    return stored, timing.table(["", "GFLOP", "GFLOP/s", "least time / time"], rows)
+    return stored, timing.table(["", "GFLOP", "GFLOP/s", "product / real"], rows)
 
 
 def growth(bench, repeats):
