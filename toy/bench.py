@@ -252,7 +252,7 @@ def sampling(bench, repeats):
 
 
 def limits(bench, repeats):
-    """Achieved FLOP/s, and the time that a large matrix product would need, over the real one."""
+    """Achieved FLOP/s, and the least time, at the rate of a large matrix product, over the real."""
     types = {"tf32": torch.float32}
     if bench.settings.precision == "bf16":
         types["bf16"] = torch.bfloat16
@@ -279,7 +279,7 @@ def limits(bench, repeats):
         for name in flops
     ]
     stored = {"flops": flops, "flops_per_second": speed, "least_seconds": least}
-    return stored, timing.table(["", "GFLOP", "GFLOP/s", "product / real"], rows)
+    return stored, timing.table(["", "GFLOP", "GFLOP/s", "least time / time"], rows)
 
 
 def growth(bench, repeats):
