@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ class Bench:
         self.labels = labels[:batch].to(device)
         self.t = torch.full((batch,), 500, device=device)
 
+    @cached_property
     def counted(self):
         """{piece or "ADD step": (floating-point operations, most bytes of tensors at once)}.
         Counted on a CPU: a recorded graph shows neither."""
@@ -257,7 +258,7 @@ def limits(bench, repeats):
     if bench.settings.precision == "bf16":
         types["bf16"] = torch.bfloat16
     machine = {rate: timing.limits(bench.device, dtype) for rate, dtype in types.items()}
-    flops = {name: counts[0] for name, counts in bench.counted().items()}
+    flops = {name: counts[0] for name, counts in bench.counted.items()}
     flops = {name: n for name, n in flops.items() if n}
     flops |= {name: measure(f)[0] for of_type in machine.values() for name, f in of_type.items()}
     functions = bench.pieces() | {"ADD step": bench.step}
@@ -350,7 +351,7 @@ def processes(bench, repeats):
 
 def memory(bench, repeats):
     """The tensors that live at once, of each piece and of the ADD step."""
-    peaks = {name: counts[1] for name, counts in bench.counted().items()}
+    peaks = {name: counts[1] for name, counts in bench.counted.items()}
     parameters = (*bench.student.parameters(), *bench.parts["heads"].parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     rows = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]

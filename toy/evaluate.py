@@ -88,6 +88,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device, fid=
         "student": student_rows("ADD student", student),
     }
     if fid is not None:
+        results["fid_images"] = settings.inception_images
         add_fid(fid, results, data, settings, teacher, student, device)
     return results
 
@@ -112,5 +113,5 @@ def add_fid(fid, results, data, settings, teacher, student, device):
             images = sample_student(student, noise, labels, row["steps"], settings.seed + 8)
         fid.reset()
         update(to_uint8(images), real=False)
-        row["fid"], row["fid_images"] = float(fid.compute()), n
+        row["fid"] = float(fid.compute())
         print(f"  {row['name']}, {row['steps']} steps: FID {row['fid']:.2f}", flush=True)

@@ -77,8 +77,11 @@ def fetch(name, shape):
             f"--teacher {name}: no DDPM pipeline of diffusers can be had there ({brief(error)}); "
             "name one of the Hub or a folder, or leave the flag out"
         ) from error
-    if config.class_embed_type or prediction not in PREDICTIONS:
-        raise ValueError(f"--teacher {name}: has classes, or predicts {prediction}: not supported")
+    if config.class_embed_type:
+        raise ValueError(f"--teacher {name}: has classes; name a pipeline without them")
+    if prediction not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise ValueError(f"--teacher {name}: predicts {prediction}; name one that predicts {known}")
     if draws != tuple(shape):
         mine, its = ("×".join(map(str, x)) for x in (shape, draws))
         raise ValueError(f"--teacher {name}: draws {its}, but the data is {mine}")

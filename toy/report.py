@@ -97,9 +97,9 @@ def table(results):
         "| precision | recall | variance (pixels, features; × real) | images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    has_fid = "fid" in results["student"][0]
+    has_fid = "fid_images" in results
     if has_fid:
-        lines = [lines[0] + f" FID ({results['student'][0]['fid_images']:,}) |", lines[1] + "---|"]
+        lines = [lines[0] + f" FID ({results['fid_images']:,}) |", lines[1] + "---|"]
     teachers, students = results["teacher"], [*results["started"], *results["student"]]
     for row in [real, *teachers, results["solver"], *students]:
         asked = [row[name] for name in ("steps", "guidance", "evaluations")]

@@ -179,22 +179,23 @@ def run(arguments, given):
     def stage(name):
         return Stage(folder / name, data, settings, device, keys[name])
 
-    # What may have to be downloaded comes first: failing, it should not cost a teacher's training.
-    fid = None
-    if settings.inception != "none":
+    path = folder / "results.json"
+    stored = read_results(path)
+    scored = stored.get("key") == keys["eval"]
+    # Downloads come first: one that fails should not cost a teacher's training.
+    fid = public = None
+    if settings.inception != "none" and not scored:
         fid = load_fid("" if settings.inception == "auto" else settings.inception).to(device)
     if not settings.conditional:
-        make_teacher(stage("teacher"))
+        public = make_teacher(stage("teacher"))
     features, seconds["features"] = make_features(stage("features"))
     metric_net, seconds["metric"] = train_metric_net(stage("metric"))
-    teacher, seconds["teacher"] = make_teacher(stage("teacher"))
+    teacher, seconds["teacher"] = public or make_teacher(stage("teacher"))
     features = features or TeacherEncoder(teacher, settings.seed)
     started = make_student(teacher, settings).eval()
     student, seconds["ADD"] = distil(stage("distil"), teacher, features)
 
-    path = folder / "results.json"
-    stored = read_results(path)
-    if stored.get("key") != keys["eval"]:
+    if not scored:
         began = time.time()
         print("evaluation", flush=True)
         results = evaluate(data, settings, metric_net, teacher, started, student, device, fid)

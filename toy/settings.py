@@ -63,8 +63,8 @@ class Settings:
 
     teacher: str = option(
         "train",
-        "train, or a public one: a Hub name or folder of a diffusers DDPM without classes, such as "
-        "google/ddpm-cifar10-32; needs full/requirements.txt",
+        "train, or the Hub name or folder of a public diffusers DDPM without classes, such as "
+        "google/ddpm-cifar10-32 (needs full/requirements.txt)",
     )
     teacher_widths: tuple[int, ...] = option(
         (32, 64, 128), "channels of the U-Net at each resolution", limits=COUNT
@@ -158,8 +158,8 @@ class Settings:
 
     inception: str = option(
         "none",
-        "FID besides, in Inception's features: none, auto (its weights are downloaded), or a file "
-        "with torch-fidelity's weights; needs full/requirements.txt",
+        "also measure FID on Inception's features: none, auto (download its weights), or a file of "
+        "torch-fidelity's weights (needs full/requirements.txt)",
     )
     inception_images: int = option(
         10_000, "generated images that an FID is taken from", limits=(20, 10**6)

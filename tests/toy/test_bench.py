@@ -62,7 +62,7 @@ def test_the_pieces_have_the_operations_of_the_step():
     settings = Settings(**PRESETS["tiny"] | {"precision": "fp32"})
     ours = bench.Bench(settings, torch.device("cpu"))
     weights = copy.deepcopy(ours.student.state_dict())
-    counted = {name: sum(flops.values()) for name, (flops, _) in ours.counted().items()}
+    counted = {name: sum(flops.values()) for name, (flops, _) in ours.counted.items()}
     # Spectral norm's power iterations come twice in a step, and again for each piece.
     assert sum(counted.values()) == pytest.approx(2 * counted["ADD step"], rel=0.02)
     assert counted["F, forward, real images"] < counted["ADD step"] / 4

@@ -121,7 +121,7 @@ def test_what_cannot_be_a_teacher_is_refused_before_anything_is_trained(
     grey = ("--dataset", "glyphs")
     refused(str(public), "draws 3×32×32, but the data is 1×32×32", *grey)
     refused(str(tmp_path / "none"), "none: no DDPM pipeline of diffusers can be had there", *colour)
-    refused(str(labelled), "has classes, or predicts epsilon: not supported", *colour)
+    refused(str(labelled), "has classes; name a pipeline without them", *colour)
     refused(str(public), "no --distil-guidance other than 1", *colour, "--distil-guidance", "2")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refused(str(public), "needs diffusers; python -m pip install", *colour)
