@@ -284,13 +284,16 @@ class DiscriminatorHead(nn.Module):
     convolution gives the logit. hidden=None keeps C channels. After StyleGAN-T.
     """
 
-    def __init__(self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64):
+    def __init__(
+        self, channels, text_dim=0, image_dim=0, hidden=None, kernel=9, c_map=64,
+        norm=LocalBatchNorm,
+    ):  # fmt: skip
         super().__init__()
         hidden, self.conditional = hidden or channels, bool(text_dim or image_dim)
 
         def block(c_in, kernel):
             conv = spectral_norm(CircularConv(c_in, hidden, kernel))
-            return nn.Sequential(conv, LocalBatchNorm(hidden), nn.LeakyReLU(0.2))
+            return nn.Sequential(conv, norm(hidden), nn.LeakyReLU(0.2))
 
         self.first, self.residual = block(channels, 1), block(hidden, kernel)
         self.last = spectral_norm(CircularConv(hidden, c_map if self.conditional else 1, 1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, Student
+from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, LocalBatchNorm, Student
 from common.augment import Augmented
 from common.checkpoints import one_line, read, write
 from common.flags import from_dict
@@ -30,10 +30,18 @@ from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
 
-def make_student(teacher, settings):
-    """The student before ADD: a trainable copy of the teacher (§3.1), without dropout."""
-    denoiser = copy.deepcopy(teacher).requires_grad_(True)
-    for module in denoiser.modules():
+def make_student(teacher, settings, second=None):
+    """The student before ADD, without dropout: a trainable copy of the teacher (§3.1), or of a
+    second one of another size; with --distil-init random a network of its size, untrained."""
+    denoiser = copy.deepcopy(second or teacher)
+    if settings.distil_init == "random":
+        network, widths = teacher.network, settings.distil_widths or settings.teacher_widths
+        size = dataclasses.replace(settings, teacher_widths=widths)
+        channels = network.stem.in_channels // network.patch**2
+        torch.manual_seed(settings.seed + 4)
+        denoiser = make_denoiser(channels, network.classes, size, teacher.encode)
+        denoiser = denoiser.to(teacher.schedule.alpha.device)
+    for module in denoiser.requires_grad_(True).modules():
         if isinstance(module, nn.Dropout):
             # It keeps a long training from overfitting; here it would only add noise to x_hat.
             module.p = 0.0
@@ -49,6 +57,7 @@ def build_add(student, teacher, features, classes, settings, device, generator=N
         hidden=settings.distil_head_width,
         kernel=settings.distil_head_kernel,
         c_map=settings.distil_c_map,
+        norm=LocalBatchNorm if settings.distil_local_norm else nn.Identity,
     )
     config = ADDConfig(
         lambda_=settings.distil_lambda,
@@ -82,12 +91,12 @@ def make_batch(images, labels, features, classes, settings):
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def prepare(stage, teacher, features):
+def prepare(stage, teacher, features, second=None):
     """(student, parts, step) for run_loop: the networks, optimisers and draws of a training, and
-    its step."""
+    its step. second: see make_student."""
     data, settings, device = stage.data, stage.settings, stage.device
     classes, steps = len(data.classes), settings.distil_steps
-    student = make_student(teacher, settings)
+    student = make_student(teacher, settings, second)
     generator = torch.Generator(device).manual_seed(settings.seed + 4)
     add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
@@ -150,12 +159,12 @@ def prepare(stage, teacher, features):
     return student, parts, step
 
 
-def distil(stage, teacher, features):
+def distil(stage, teacher, features, second=None):
     """(student with the EMA weights, seconds); also writes folder/student.pt, all that
-    toy/sample.py needs."""
+    toy/sample.py needs. second: see make_student."""
     data, settings = stage.data, stage.settings
     torch.manual_seed(settings.seed + 4)
-    student, parts, step = prepare(stage, teacher, features)
+    student, parts, step = prepare(stage, teacher, features, second)
     seconds = run_loop(stage, "ADD", parts, step, settings.distil_steps)
     network = student.denoiser.network
     network.load_state_dict(parts["ema"].module.state_dict())
@@ -186,7 +195,9 @@ def load_student(folder):
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
         if settings.conditional:
             standardize = Standardize(state["mean"], state["std"])
-            denoiser = make_denoiser(state["shape"][0], len(classes), settings, standardize)
+            widths = settings.distil_widths or settings.teacher_widths
+            size = dataclasses.replace(settings, teacher_widths=widths)
+            denoiser = make_denoiser(state["shape"][0], len(classes), size, standardize)
         else:
             denoiser = make_public(state["public"], len(classes), settings.precision == "bf16")
         denoiser.network.load_state_dict(state["network"])

@@ -1,7 +1,6 @@
 """Scores the teacher and the student, and times them; report.py shows what comes out."""
 
 import time
-from functools import partial
 
 from add import ddim
 from common.timing import synchronize
@@ -13,6 +12,78 @@ from toy.samplers import balanced_labels, dpm_solver, noise_for, sample_student,
 SOLVER_STEPS = 10  # of DPM-Solver++, about as good as 50 of DDIM
 
 
+class Scorer:
+    """Draws eval_images images of a model from seeded noise, in equal numbers of each class, and
+    measures them against the test images."""
+
+    def __init__(self, data, settings, metric_net, device):
+        self.data, self.settings, self.device = data, settings, device
+        self.metric_net, n = metric_net, settings.eval_images
+        self.labels = balanced_labels(n, len(data.classes), device)
+        self.noise = noise_for(n, data.train_images.shape[1:], settings.seed + 5, device)
+        test = to_float(data.test_images)
+        self.test_features, predicted = embed(metric_net, test, device)
+        self.accuracy = (predicted == data.test_labels).float().mean().item()
+
+    def _row(self, name, steps, guidance, evaluations, draw):
+        synchronize(self.device)
+        began = time.time()
+        images = draw()
+        synchronize(self.device)
+        seconds = time.time() - began
+        figures = self._measure(images.cpu(), self.labels.cpu())
+        asked = f"{name}, {steps} steps, guidance {guidance:g}"
+        print(f"  {asked}: distance {figures['fd']:.2f}", flush=True)
+        return figures | {
+            "name": name,
+            "steps": steps,
+            "guidance": guidance,
+            "evaluations": evaluations,
+            "images_per_second": len(images) / seconds,
+        }
+
+    def _measure(self, images, labels):
+        return measure(self.metric_net, images, labels, self.test_features, self.device)
+
+    def real(self):
+        """The row of as many training images."""
+        n = self.settings.eval_images
+        images, labels = to_float(self.data.train_images[:n]), self.data.train_labels[:n]
+        unasked = dict.fromkeys(("steps", "guidance", "evaluations"))
+        return self._measure(images, labels) | {"name": "real training images"} | unasked
+
+    def floor(self):
+        """The distance of all training images, below which no sampler can be expected."""
+        features = embed(self.metric_net, to_float(self.data.train_images), self.device)[0]
+        return frechet_distance(features, self.test_features)
+
+    def teacher(self, teacher, steps, guidance, name="teacher", sampler=ddim):
+        """A row of the teacher."""
+
+        def draw():
+            return sample_teacher(teacher, self.noise, self.labels, steps, guidance, sampler)
+
+        return self._row(name, steps, guidance, steps * (2 if guidance != 1 else 1), draw)
+
+    def guided(self, teacher):
+        """(rows at the search's steps, one for each of eval_guidances, those steps, and the
+        guidance with the least distance)."""
+        settings, best = self.settings, self.settings.eval_steps[-1]
+        search = best
+        if len(settings.eval_guidances) > 1:
+            search = min(settings.eval_search_steps or best, best)
+        rows = [self.teacher(teacher, search, g) for g in settings.eval_guidances]
+        return rows, search, min(rows, key=lambda r: r["fd"])["guidance"]
+
+    def student(self, student, steps, name="ADD student"):
+        """A row of a student."""
+
+        def draw():
+            return sample_student(student, self.noise, self.labels, steps, self.settings.seed + 6)
+
+        return self._row(name, steps, 1.0, steps, draw)
+
+
 def evaluate(data, settings, metric_net, teacher, started, student, device, fid=None):
     """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, each from
     eval_images images.
@@ -21,71 +92,26 @@ def evaluate(data, settings, metric_net, teacher, started, student, device, fid=
     eval_search_steps. "solver" is a row of the teacher with a faster sampler. With fid (load_fid)
     the student's rows, and the one that it is held against, have "fid" as well.
     """
-    n, shape = settings.eval_images, data.train_images.shape[1:]
-    labels = balanced_labels(n, len(data.classes), device)
-    noise = noise_for(n, shape, settings.seed + 5, device)
-    test = to_float(data.test_images)
-    test_features, predicted = embed(metric_net, test, device)
-
-    def row(name, steps, guidance, draw, evaluations):
-        synchronize(device)
-        began = time.time()
-        images = draw()
-        synchronize(device)
-        seconds = time.time() - began
-        figures = measure(metric_net, images.cpu(), labels.cpu(), test_features, device)
-        asked = f"{name}, {steps} steps, guidance {guidance:g}"
-        print(f"  {asked}: distance {figures['fd']:.2f}", flush=True)
-        return figures | {
-            "name": name,
-            "steps": steps,
-            "guidance": guidance,
-            "evaluations": evaluations,
-            "images_per_second": n / seconds,
-        }
-
-    def teacher_row(steps, guidance, name="teacher", sampler=ddim):
-        def draw():
-            return sample_teacher(teacher, noise, labels, steps, guidance, sampler)
-
-        return row(name, steps, guidance, draw, evaluations=steps * (2 if guidance != 1 else 1))
-
-    best = settings.eval_steps[-1]
-    search = best
-    if len(settings.eval_guidances) > 1:
-        search = min(settings.eval_search_steps or best, best)
-    candidates = [teacher_row(search, g) for g in settings.eval_guidances]
-    guidance = min(candidates, key=lambda r: r["fd"])["guidance"]
+    scorer = Scorer(data, settings, metric_net, device)
+    rows, search, guidance = scorer.guided(teacher)
     others = [steps for steps in settings.eval_steps if steps != search]
-    teacher_rows = candidates + [teacher_row(steps, guidance) for steps in others]
-    teacher_rows.sort(key=lambda r: (r["steps"], r["guidance"]))
-    solver_steps = min(SOLVER_STEPS, best)
-
+    rows += [scorer.teacher(teacher, steps, guidance) for steps in others]
+    rows.sort(key=lambda r: (r["steps"], r["guidance"]))
+    solver = min(SOLVER_STEPS, settings.eval_steps[-1])
     counts = sorted({k for k in (1, 2, 4) if k <= len(student.timesteps)})
-
-    def student_rows(name, network):
-        def draw(k):
-            return sample_student(network, noise, labels, k, settings.seed + 6)
-
-        return [row(name, k, 1.0, partial(draw, k), evaluations=k) for k in counts]
-
-    train, train_labels = to_float(data.train_images[:n]), data.train_labels[:n]
-    unasked = ("steps", "guidance", "evaluations")  # of real images
-    every_train = embed(metric_net, to_float(data.train_images), device)[0]
-    real = measure(metric_net, train, train_labels, test_features, device)
     results = {
-        "n": n,
-        "test_images": len(test),
+        "n": settings.eval_images,
+        "test_images": len(data.test_images),
         "conditional": settings.conditional,
-        "metric_accuracy": (predicted == data.test_labels).float().mean().item(),
-        "floor": frechet_distance(every_train, test_features),  # what no sampler can be below
-        "real": real | {"name": "real training images"} | dict.fromkeys(unasked),
+        "metric_accuracy": scorer.accuracy,
+        "floor": scorer.floor(),
+        "real": scorer.real(),
         "best_guidance": guidance,
         "search_steps": search,
-        "teacher": teacher_rows,
-        "solver": teacher_row(solver_steps, guidance, "teacher, DPM-Solver++", dpm_solver),
-        "started": student_rows("student before ADD", started),
-        "student": student_rows("ADD student", student),
+        "teacher": rows,
+        "solver": scorer.teacher(teacher, solver, guidance, "teacher, DPM-Solver++", dpm_solver),
+        "started": [scorer.student(started, k, "student before ADD") for k in counts],
+        "student": [scorer.student(student, k) for k in counts],
     }
     if fid is not None:
         results["fid_images"] = settings.inception_images

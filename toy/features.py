@@ -1,9 +1,11 @@
-"""The discriminator's feature network F: the teacher's own encoder, a plain ViT trained on the
+"""The discriminator's feature network F: the teacher's own encoder, a small network trained on the
 run's data, or DINOv2.
 
 Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list
 of C_k, and `summary(images)`, an embedding (B, width) of whole images: c_img.
 """
+
+import copy
 
 import torch
 from einops import rearrange
@@ -11,13 +13,15 @@ from torch import nn
 from torch.nn import functional
 
 from add import randn_like
+from common.augment import AUGMENTATIONS
 from common.features import noised, readout
 from common.images import resize
 from toy.data import Batches
 from toy.loop import GeneratorState, descend, run_loop
-from toy.networks import ViT
+from toy.networks import ConvNet, ViT
 
 NOISE = 0.6  # most that an F which denoises is shown
+DINO_MOMENTUM = 0.98  # of the moving average of weights, for hundreds of steps
 
 
 class TeacherEncoder(nn.Module):
@@ -63,9 +67,23 @@ def make_features(stage):
     kind = stage.settings.features
     if kind == "teacher":
         return None, 0.0
-    if kind == "dinov2":
-        return DinoV2().to(stage.device).requires_grad_(False).eval(), 0.0
-    return train_vit(stage)
+    network, seconds = DinoV2().to(stage.device) if kind == "dinov2" else make_network(stage), 0.0
+    if kind == "dino":
+        seconds = train_dino(stage, network)
+    elif kind in ("classifier", "denoiser", "convolutional"):
+        seconds = train_to_classify(stage, network)
+    return network.requires_grad_(False).eval(), seconds
+
+
+def make_network(stage):
+    """An untrained F for the data, on the device."""
+    data, settings = stage.data, stage.settings
+    torch.manual_seed(settings.seed + 2)
+    channels, size, width = *data.train_images.shape[1:3], settings.features_width
+    if settings.features == "convolutional":
+        return ConvNet(channels, width).to(stage.device)
+    vit = ViT(channels, size, settings.features_patch, width, settings.features_depth)
+    return vit.to(stage.device)
 
 
 def add_noise(images, generator):
@@ -79,43 +97,24 @@ def patches_of(images, patch):
     return functional.unfold(images, patch, stride=patch).mT
 
 
-def train_vit(stage):
-    """(ViT, seconds).
-
-    Of a "classifier" the class token learns to name the class. A "denoiser" is shown noisy images.
-    Each patch token learns to give its clean patch; the class token learns to hold the whole clean
-    image, and its class besides.
-    """
+def train(stage, networks, loss_of):
+    """Descend loss_of(images, labels, generator), a dict whose "loss" is the sum, for
+    features_steps steps; returns the seconds."""
     data, settings, device = stage.data, stage.settings, stage.device
-    torch.manual_seed(settings.seed + 2)
-    channels, size = data.train_images.shape[1], data.train_images.shape[-1]
-    width, depth = settings.features_width, settings.features_depth
-    vit = ViT(channels, size, settings.features_patch, width, depth)
-    classify = nn.Linear(vit.width, len(data.classes))
-    pixels = channels * size**2
-    rebuild = nn.Sequential(nn.Linear(vit.width, 256), nn.GELU(), nn.Linear(256, pixels))
-    patch = nn.Linear(vit.width, channels * vit.patch**2)
-    networks = nn.ModuleList([vit, classify, rebuild, patch]).to(device)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, weight_decay=0.05)
+    networks = nn.ModuleList(networks).to(device)
+    trained = [p for p in networks.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
     steps = settings.features_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
     generator = torch.Generator(device).manual_seed(settings.seed + 2)
-    denoises = settings.features == "denoiser"
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))
-        tokens = vit.states(add_noise(images, generator) if denoises else images)[-1]
-        summary = tokens[:, 0]
-        log = {"class": functional.cross_entropy(classify(summary), labels)}
-        loss = log["class"]
-        if denoises:
-            log["rebuild"] = functional.mse_loss(rebuild(summary), images.flatten(1))
-            log["patch"] = functional.mse_loss(patch(tokens[:, 1:]), patches_of(images, vit.patch))
-            loss = 0.1 * loss + 4 * log["rebuild"] + 4 * log["patch"]
-        descend(loss, optimizer, "features F")
+        log = loss_of(images, labels, generator)
+        descend(log["loss"], optimizer, "features F")
         schedule.step()
-        return {name: loss.detach() for name, loss in log.items()}
+        return {name: value.detach() for name, value in log.items()}
 
     parts = {
         "networks": networks,
@@ -124,8 +123,84 @@ def train_vit(stage):
         "batches": batches,
         "generator": GeneratorState(generator),
     }
-    seconds = run_loop(stage, "features F", parts, step, steps)
-    return vit.eval().requires_grad_(False), seconds
+    return run_loop(stage, "features F", parts, step, steps)
+
+
+def train_to_classify(stage, network):
+    """Train F's summary to name the class; returns the seconds.
+
+    A "denoiser", a ViT, is shown noisy images besides. Each patch token learns to give its clean
+    patch, and the summary to hold the whole clean image.
+    """
+    classes, image = len(stage.data.classes), stage.data.train_images[0]
+    classify = nn.Linear(network.width, classes)
+    if stage.settings.features != "denoiser":
+
+        def loss_of(images, labels, generator):
+            logits = classify(network.summary(images))
+            return {"loss": functional.cross_entropy(logits, labels)}
+
+        return train(stage, [network, classify], loss_of)
+
+    rebuild = nn.Sequential(nn.Linear(network.width, 256), nn.GELU(), nn.Linear(256, image.numel()))
+    patch = nn.Linear(network.width, len(image) * network.patch**2)
+
+    def denoising_loss_of(images, labels, generator):
+        tokens = network.states(add_noise(images, generator))[-1]
+        summary, patches = tokens[:, 0], patches_of(images, network.patch)
+        log = {"class": functional.cross_entropy(classify(summary), labels)}
+        log["rebuild"] = functional.mse_loss(rebuild(summary), images.flatten(1))
+        log["patch"] = functional.mse_loss(patch(tokens[:, 1:]), patches)
+        return log | {"loss": 0.1 * log["class"] + 4 * log["rebuild"] + 4 * log["patch"]}
+
+    return train(stage, [network, classify, rebuild, patch], denoising_loss_of)
+
+
+def dino_loss(predicted, given, center):
+    """DINO's cross-entropy (Caron et al. 2021, Eq. 1 and 4), a scalar, from the logits (B, K) of
+    one view and the average network's of another; temperatures 0.1 and 0.04."""
+    given = ((given - center) / 0.04).softmax(1)
+    return -(given * (predicted / 0.1).log_softmax(1)).sum(1).mean()
+
+
+def train_dino(stage, network, prototypes=256):
+    """Train a ViT without labels by self-distillation (DINO); returns the seconds.
+
+    Two augmented views of an image, as DiffAugment makes them, should get one code from the network
+    and from its moving average. The average's codes are centred, so that they differ between
+    images.
+    """
+    width = network.width
+    head = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, prototypes)).to(
+        stage.device
+    )
+    online = nn.Sequential(network, head)
+    average = copy.deepcopy(online).requires_grad_(False)
+    center = nn.Parameter(torch.zeros(prototypes, device=stage.device), requires_grad=False)
+
+    def logits(networks, view):
+        return networks[1](networks[0].summary(view))
+
+    def loss_of(images, labels, generator):
+        views = []
+        for _ in range(2):
+            view = images
+            for augment in AUGMENTATIONS.values():
+                view = augment(view, generator)
+            views.append(view)
+        with torch.no_grad():
+            for mine, its in zip(average.parameters(), online.parameters(), strict=True):
+                mine.lerp_(its, 1 - DINO_MOMENTUM)
+            given = [logits(average, view) for view in views]
+            mean = torch.cat(given).mean(0)
+        predicted = [logits(online, view) for view in reversed(views)]
+        pairs = zip(predicted, given, strict=True)
+        loss = sum(dino_loss(p, g, center) for p, g in pairs) / 2
+        center.lerp_(mean, 0.1)
+        return {"loss": loss}
+
+    holder = nn.ParameterList([center])
+    return train(stage, [online, average, holder], loss_of)
 
 
 class DinoV2(nn.Module):

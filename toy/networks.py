@@ -1,5 +1,5 @@
-"""The toy's three kinds of network: the U-Net denoiser, the ViT whose features the discriminator
-reads, the classifier whose features the metrics are computed in.
+"""The toy's networks: the U-Net denoiser, those whose features the discriminator may read (a ViT, a
+plain convolutional one), the classifier whose features the metrics are computed in.
 
 They are deliberately different from one another: a metric network that resembled the
 discriminator's would flatter it.
@@ -205,23 +205,46 @@ class ViT(nn.Module):
         return self.states(images)[-1][:, 0]
 
 
+class ConvNet(nn.Module):
+    """A plain convolutional network; calling it gives token maps [(B, H' W', C)] of three
+    resolutions, with C = width / 2, width and 2 width."""
+
+    def __init__(self, channels=1, width=96):
+        super().__init__()
+        widths = [width // 2, width, 2 * width]
+        self.channels, self.width, self.stages = widths, widths[-1], nn.ModuleList()
+        for c_in, c in zip([channels, *widths], widths, strict=False):
+            down, conv = nn.Conv2d(c_in, c, 4, 2, 1), nn.Conv2d(c, c, 3, padding=1)
+            norms = nn.GroupNorm(8, c), nn.GroupNorm(8, c)
+            self.stages.append(nn.Sequential(down, norms[0], nn.GELU(), conv, norms[1], nn.GELU()))
+
+    def forward(self, images):
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return [rearrange(x, "b c h w -> b (h w) c") for x in maps[1:]]
+
+    def summary(self, images):
+        """The last map averaged over positions, (B, 2 width)."""
+        return self(images)[-1].mean(1)
+
+
 # Metric network: a small convolutional classifier, of another architecture than F on purpose ======
 
 
 class MetricNet(nn.Module):
     """Images (B, channels, 32, 32) → class logits; features(images) gives the (B, 64) in which
-    metrics are taken."""
+    metrics are taken. Three resolutions, with `depth` convolutions each."""
 
-    def __init__(self, channels=1, classes=10, width=32):
+    def __init__(self, channels=1, classes=10, width=32, depth=1):
         super().__init__()
 
         def stage(c_in, c_out):
-            return nn.Sequential(
-                nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            )
+            layers = []
+            for c in [c_in] + [c_out] * (depth - 1):
+                layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False)]
+                layers += [nn.BatchNorm2d(c_out), nn.ReLU()]
+            return nn.Sequential(*layers, nn.MaxPool2d(2))
 
         self.body = nn.Sequential(
             stage(channels, width), stage(width, 2 * width), stage(2 * width, 2 * width)

@@ -135,6 +135,20 @@ def read_results(path):
         return {}
 
 
+def resolve(settings, data, device):
+    """The settings with what "auto" comes to for this data and device, and without what a public
+    teacher cannot do. A resumed run must not come to anything else."""
+    precision, flip = settings.precision, settings.flip
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    if flip == "auto":
+        flip = "true" if data.kind == "cifar10" else "false"
+    changes = dict(dataset=data.kind, precision=precision, flip=flip)
+    if not settings.conditional:  # there are no classes to guide by, nor to judge by
+        changes |= dict(eval_guidances=(1.0,), distil_c_text=False)
+    return dataclasses.replace(settings, **changes)
+
+
 def run(arguments, given):
     """The whole job; returns the run folder."""
     device = pick_device(arguments.device)
@@ -160,14 +174,7 @@ def run(arguments, given):
     on = report.device_name(device)
     print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
-    flip = {"auto": "true" if data.kind == "cifar10" else "false"}.get(settings.flip, settings.flip)
-    # A resumed "auto" must not come to other data, or another precision.
-    settings = dataclasses.replace(settings, dataset=data.kind, precision=precision, flip=flip)
-    if not settings.conditional:  # there are no classes to guide by, nor to judge by
-        settings = dataclasses.replace(settings, eval_guidances=(1.0,), distil_c_text=False)
+    settings = resolve(settings, data, device)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -191,9 +198,13 @@ def run(arguments, given):
     features, seconds["features"] = make_features(stage("features"))
     metric_net, seconds["metric"] = train_metric_net(stage("metric"))
     teacher, seconds["teacher"] = public or make_teacher(stage("teacher"))
+    second = None
+    if other := settings.for_second_teacher:
+        made = dataclasses.replace(stage("second"), settings=other)
+        second, seconds["second teacher"] = make_teacher(made)
     features = features or TeacherEncoder(teacher, settings.seed)
-    started = make_student(teacher, settings).eval()
-    student, seconds["ADD"] = distil(stage("distil"), teacher, features)
+    started = make_student(teacher, settings, second).eval()
+    student, seconds["ADD"] = distil(stage("distil"), teacher, features, second)
 
     if not scored:
         began = time.time()

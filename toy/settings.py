@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from common.augment import AUGMENTATIONS
 from common.flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
@@ -60,6 +61,11 @@ class Settings:
     )
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
+    metric_width: int = option(32, "its channels at the finest resolution", limits=COUNT)
+    metric_depth: int = option(1, "its convolutions at each resolution", limits=COUNT)
+    metric_augment: tuple[str, ...] = option(
+        (), "what its training images go through: color, translation, cutout", tuple(AUGMENTATIONS)
+    )
 
     teacher: str = option(
         "train",
@@ -96,9 +102,10 @@ class Settings:
 
     features: str = option(
         "teacher",
-        "the discriminator's F: teacher (its encoder), classifier or denoiser (a ViT, trained here "
-        "on the data), or dinov2 (torch.hub)",
-        ("teacher", "classifier", "denoiser", "dinov2"),
+        "the discriminator's F: teacher (its encoder); classifier, denoiser or dino (a ViT that is "
+        "trained here on the data); untrained (the same ViT); convolutional (a classifier, too); "
+        "or dinov2 (torch.hub)",
+        ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional", "dinov2"),
     )
     features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
     features_width: int = option(96, "its channels", limits=COUNT)
@@ -107,6 +114,17 @@ class Settings:
     )
     features_steps: int = option(600, "its training steps", limits=COUNT)
 
+    distil_init: str = option(
+        "pretrained",
+        "what the student starts from: pretrained, or random (Table 1c)",
+        ("pretrained", "random"),
+    )
+    distil_widths: tuple[int, ...] = option(
+        (),
+        "channels of the student's U-Net, if not the teacher's; then a second teacher, of that "
+        "size, is what it starts from (Table 1e)",
+        limits=COUNT,
+    )
     distil_steps: int = option(2400, "ADD iterations", limits=COUNT)
     distil_batch: int = option(32, "their batch size", limits=COUNT)
     distil_student_lr: float = option(1e-4, "the student's learning rate", limits=RATE)
@@ -130,11 +148,12 @@ class Settings:
     distil_c_text: bool = option(True, "condition the heads on the class")
     distil_c_img: bool = option(True, "condition the heads on F's summary of x_0")
     distil_augment: tuple[str, ...] = option(
-        (), "DiffAugment before F: color, translation, cutout", ("color", "translation", "cutout")
+        (), "DiffAugment before F: color, translation, cutout", tuple(AUGMENTATIONS)
     )
     distil_head_width: int = option(32, "channels inside a head", limits=COUNT)
     distil_head_kernel: int = option(9, "taps of a head's circular convolution", limits=(1, 15))
     distil_c_map: int = option(32, "channels of a head's projection", limits=COUNT)
+    distil_local_norm: bool = option(True, "local batch norm in the heads")
 
     eval_images: int = option(
         1000, "generated images that each figure is taken from", limits=(20, 10**6)
@@ -164,6 +183,13 @@ class Settings:
     inception_images: int = option(
         10_000, "generated images that an FID is taken from", limits=(20, 10**6)
     )
+
+    @property
+    def for_second_teacher(self):
+        """The settings of what a student of another size starts from; None if nothing does."""
+        if not self.distil_widths or self.distil_init == "random":
+            return None
+        return dataclasses.replace(self, teacher_widths=self.distil_widths)
 
     @property
     def conditional(self):
@@ -199,13 +225,18 @@ class Settings:
                 f"--teacher {self.teacher}: has no classes, so no --distil-guidance other than 1 "
                 "and no --distil-weight nfsd"
             )
-        # The teacher's encoder, as F, folds its finest maps once more.
-        least = 2 ** max(2, len(self.teacher_widths))
-        if self.size % least or any(width % 8 for width in self.teacher_widths):
-            raise ValueError(
-                f"--teacher-widths {show(self.teacher_widths)}: each must be a multiple of 8, and "
-                f"--size {self.size} one of {least} with so many resolutions"
-            )
+        for name in ("teacher_widths", "distil_widths"):
+            # The teacher's encoder, as F, folds its finest maps once more.
+            widths, least = getattr(self, name), 2 ** max(2, len(getattr(self, name)))
+            if self.size % least or any(width % 8 for width in widths):
+                raise ValueError(
+                    f"--{flag(name)} {show(widths)}: each must be a multiple of 8, and --size "
+                    f"{self.size} one of {least} with so many resolutions"
+                )
+        for name, usual in (("distil_widths", ()), ("distil_init", "pretrained")):
+            if getattr(self, name) != usual and not self.conditional:
+                given = f"--{flag(name)} {show(getattr(self, name))}"
+                raise ValueError(f"{given}: not with --teacher {self.teacher}; leave one out")
         if self.features_width % 4:
             raise ValueError(
                 f"--features-width {self.features_width}: must be a multiple of 4, the heads of "
@@ -276,16 +307,20 @@ PRESETS = {
 # with its name.
 STAGES = {
     "data": ((), ()),  # see stage_key
-    "metric": (("data",), ()),
+    "metric": (("data",), ("flip",)),
     "teacher": (("data",), ("precision", "flip")),
     "features": (("data",), ()),
-    "distil": (("teacher", "features"), ()),
+    "second": ((), ()),  # a second teacher, see stage_key
+    "distil": (("teacher", "second", "features"), ()),
     "eval": (("metric", "distil"), ("inception", "inception_images")),
 }
 
 
 def stage_key(settings, stage, fingerprint):
     """A short hash of all that a stage's result depends on; fingerprint is the data's."""
+    if stage == "second":
+        second = settings.for_second_teacher
+        return stage_key(second, "teacher", fingerprint) if second else ""
     parents, names = STAGES[stage]
     fields = [f.name for f in dataclasses.fields(settings)]
     mine = [name for name in fields if name in names or name.split("_")[0] == stage]

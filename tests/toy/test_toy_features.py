@@ -1,13 +1,17 @@
-"""toy/features.py: the teacher's encoder, a ViT trained on the data, DINOv2 through torch.hub."""
+"""toy/features.py: the teacher's encoder, networks trained on the data, DINOv2."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from toy_runs import make_teacher, rows_of, stage_at
 
 from add import Discriminator, DiscriminatorHeads
+from common.augment import AUGMENTATIONS
 from toy import features as toy_features
-from toy.data import Dataset
+from toy.data import Dataset, to_float
 from toy.networks import ViT
 
 
@@ -23,9 +27,13 @@ def test_patches_are_what_the_tokens_embed():
 
 @pytest.mark.parametrize(
     "kind, losses, noisy",
-    [("classifier", {"class"}, 0), ("denoiser", {"class", "rebuild", "patch"}, 30)],
+    [
+        ("classifier", {"loss"}, 0),
+        ("convolutional", {"loss"}, 0),
+        ("denoiser", {"loss", "class", "rebuild", "patch"}, 30),
+    ],
 )
-def test_a_vit_learns_what_it_is_called_after(tmp_path, monkeypatch, kind, losses, noisy):
+def test_f_learns_what_it_is_called_after(tmp_path, monkeypatch, kind, losses, noisy):
     """Every loss falls, on images that are noisy for a "denoiser" alone."""
     seen, noise = [], toy_features.add_noise
     monkeypatch.setattr(toy_features, "add_noise", lambda *a: seen.append(a) or noise(*a))
@@ -34,11 +42,66 @@ def test_a_vit_learns_what_it_is_called_after(tmp_path, monkeypatch, kind, losse
     images = (greys + torch.randint(20, (64, 1, 8, 8))).to(torch.uint8)
     data = Dataset("two greys", images, labels, images, labels, ("dark", "bright"))
     own = dict(features=kind, features_steps=30, features_width=16, features_depth=1)
-    vit, _ = toy_features.train_vit(stage_at(tmp_path, data=data, **own))
+    network, _ = toy_features.make_features(stage_at(tmp_path, data=data, **own))
     rows = rows_of(tmp_path / "log.csv")
     assert rows[0].keys() - {"step", "nonfinite"} == losses and len(seen) == noisy
     assert all(float(rows[-1][name]) < 0.95 * float(rows[0][name]) for name in losses)
-    assert not vit.training and not any(p.requires_grad for p in vit.parameters())
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    maps = network(torch.rand(3, 1, 8, 8))
+    assert [m.shape[2] for m in maps] == network.channels
+    assert network.summary(torch.rand(3, 1, 8, 8)).shape == (3, network.width)
+
+
+def test_dino_tells_images_apart_that_augmentations_do_not_turn_into_each_other(tmp_path):
+    """Distance of two kinds' mean summaries over the deviation within a kind, of new views."""
+    labels = torch.arange(64) % 2
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(30, (64, 1, 8, 8), generator=g).to(torch.uint8)
+    images[labels == 0, :, :, :4] += 200
+    images[labels == 1, :, :4] += 200
+    data = Dataset("bright left or top", images, labels, images, labels, ("left", "top"))
+
+    def separation(kind):
+        own = dict(features=kind, features_steps=100, features_width=16, features_depth=1)
+        network, _ = toy_features.make_features(stage_at(tmp_path / kind, data=data, **own))
+        views = to_float(images)
+        for augment in AUGMENTATIONS.values():
+            views = augment(views, g)
+        of_kinds = [functional.normalize(network.summary(views[labels == k])) for k in (0, 1)]
+        means = [x.mean(0) for x in of_kinds]
+        within = torch.cat([x - x.mean(0) for x in of_kinds]).square().sum(1).mean().sqrt()
+        return ((means[0] - means[1]).norm() / within).item()
+
+    assert separation("dino") > 1.5 * separation("untrained")
+
+
+def test_dino_sees_no_label_and_an_untrained_f_no_image(tmp_path):
+    """Other labels change no weight of the one, other images none of the other."""
+
+    def weights(kind, labels, images, folder):
+        data = Dataset("noise", images, labels, images, labels, ("a", "b"))
+        own = dict(features=kind, features_steps=3, features_width=16, features_depth=1)
+        network, _ = toy_features.make_features(stage_at(tmp_path / folder, data=data, **own))
+        return torch.cat([p.flatten() for p in network.parameters()])
+
+    labels, images = torch.arange(64) % 2, torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
+    dino, untrained = (weights(kind, labels, images, kind) for kind in ("dino", "untrained"))
+    assert torch.equal(dino, weights("dino", 1 - labels, images, "b"))
+    assert torch.equal(untrained, weights("untrained", labels, 255 - images, "c"))
+    assert not torch.equal(dino, weights("dino", labels, 255 - images, "d"))
+    assert not torch.equal(dino, untrained)
+
+
+def test_dinos_loss_by_hand():
+    """Two codes: the average's logits (0.04 ln 3, 0) are (3/4, 1/4) once 0 is taken off, and the
+    network's (0, 0) are (1/2, 1/2); its center moves the former to (1/2, 1/2), too."""
+    given = torch.tensor([[0.04 * math.log(3), 0.0]])
+    predicted = torch.tensor([[0.1 * math.log(4), 0.0]])  # (4/5, 1/5)
+    nothing = torch.zeros(2)
+    expected = -(0.75 * math.log(0.8) + 0.25 * math.log(0.2))
+    assert toy_features.dino_loss(predicted, given, nothing).item() == pytest.approx(expected)
+    expected = -0.5 * (math.log(0.8) + math.log(0.2))
+    assert toy_features.dino_loss(predicted, given, given[0]).item() == pytest.approx(expected)
 
 
 def test_the_teachers_encoder_gives_maps_of_the_diffused_image_and_passes_gradient_but_has_none():

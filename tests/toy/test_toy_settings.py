@@ -23,13 +23,15 @@ def key(stage, **changes):
     [
         (dict(teacher_lr=1.0), {"teacher", "distil", "eval"}),
         (dict(precision="bf16"), {"teacher", "distil", "eval"}),
-        (dict(flip="true"), {"teacher", "distil", "eval"}),
+        (dict(flip="true"), {"metric", "teacher", "distil", "eval"}),
         (dict(distil_timesteps=(9, 99)), {"distil", "eval"}),
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),
         (dict(distil_gamma=1.0), {"distil", "eval"}),
         (dict(eval_images=99), {"eval"}),
         (dict(seed=9), {"data", "metric", "features", "teacher", "distil", "eval"}),
+        (dict(distil_widths=(8, 16)), {"second", "distil", "eval"}),
+        (dict(distil_widths=(8, 16), distil_init="random"), {"distil", "eval"}),
         (dict(data_dir="elsewhere"), set()),
     ],
 )
@@ -38,8 +40,15 @@ def test_a_changed_setting_does_its_stage_and_the_later_ones_again(change, stage
 
 
 def test_other_data_does_everything_again():
+    settings = Settings(distil_widths=(8, 16))
     for stage in STAGES:
-        assert stage_key(Settings(), stage, "a") != stage_key(Settings(), stage, "b")
+        assert stage_key(settings, stage, "a") != stage_key(settings, stage, "b")
+
+
+def test_a_second_teacher_is_the_teacher_of_a_run_with_its_widths():
+    second = key("second", distil_widths=(8, 16))
+    assert second == key("teacher", teacher_widths=(8, 16), distil_widths=(8, 16))
+    assert second == key("teacher", teacher_widths=(8, 16))
 
 
 def test_settings_survive_json_and_unknown_ones_are_refused():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from toy_runs import make_teacher, stage_at
 
-from add import ADD, Denoiser
+from add import ADD, Denoiser, LocalBatchNorm
 from toy.data import Batches, Dataset
-from toy.distil import distil, make_student
+from toy.distil import build_add, distil, make_student
 from toy.features import TeacherEncoder
 from toy.settings import Settings
 from toy.teacher import Standardize, cosine_schedule, training_target
@@ -45,6 +45,30 @@ def test_the_student_starts_as_the_teacher_without_its_dropout():
     assert all(p.requires_grad for p in student.parameters())
     # The teacher has kept its own.
     assert (teacher.train()(*inputs) - student(*inputs)).abs().max() > 1e-3
+
+
+def test_a_student_of_another_size_starts_as_the_second_teacher_a_random_one_as_nobody():
+    teacher, second = make_teacher(), make_teacher(dropout=0.5)
+    second.network.stem.weight.data.add_(1)
+    student = make_student(teacher, Settings(distil_widths=(8, 16)), second)
+    assert torch.equal(student.denoiser.network.stem.weight, second.network.stem.weight)
+    settings = Settings(distil_widths=(16, 24), distil_init="random")
+    random, again = (make_student(teacher, settings).denoiser for _ in range(2))
+    assert random.network.map_channels == [16, 24, 24] and random.network.classes == 3
+    assert torch.equal(random.network.stem.weight, again.network.stem.weight)
+    # What it diffuses is the teacher's space, and it gives ε, v or x_0 as the teacher does.
+    assert random.encode is teacher.encode and random.prediction == teacher.prediction
+    assert all(p.requires_grad for p in random.parameters())
+
+
+@pytest.mark.parametrize("local_norm", [True, False])
+def test_local_batch_norm_can_be_left_out_of_the_heads(local_norm):
+    teacher = make_teacher()
+    settings = Settings(distil_local_norm=local_norm, distil_head_width=8)
+    student, features = make_student(teacher, settings), TeacherEncoder(teacher, 0)
+    heads = build_add(student, teacher, features, 3, settings, torch.device("cpu"))
+    norms = sum(isinstance(m, LocalBatchNorm) for m in heads.modules())
+    assert norms == 2 * len(features.channels) * local_norm
 
 
 def test_add_is_given_the_batches_as_they_come_mirrored_if_asked(tmp_path, monkeypatch):

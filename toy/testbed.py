@@ -1,0 +1,160 @@
+"""What ablate.py and compare.py share: the data, metric network and teachers of a seed, trained
+once; cells, each one training's figures in a small file; means and spreads of seeds.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+from functools import cached_property
+from pathlib import Path
+
+from add import Student
+from common import timing
+from common.checkpoints import write_text
+from toy import data as datasets
+from toy.distil import distil
+from toy.evaluate import Scorer
+from toy.features import TeacherEncoder, make_features
+from toy.loop import Stage
+from toy.metrics import train_metric_net
+from toy.report import commit
+from toy.run import resolve
+from toy.settings import stage_key
+from toy.teacher import make_teacher
+
+STEPS = (1, 4)  # at which a student is scored
+FIGURES = ("fd", "precision", "recall", "accuracy")  # that a cell keeps, and the variances
+
+
+class Testbed:
+    """One data set and seed. Whatever is trained lies in a folder that its settings name, so that
+    no cell trains a network that another one has trained."""
+
+    def __init__(self, folder, settings, device):
+        self.device, self.data = device, datasets.load(
+            settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size,
+            limit=settings.limit or None,
+        )  # fmt: skip
+        datasets.check_classes(self.data)
+        self.settings = resolve(settings, self.data, device)
+        self.folder = folder / f"{self.data.kind}-seed{settings.seed}"
+
+    def stage(self, name, settings):
+        """The stage of that name, in a folder of its own."""
+        key = stage_key(settings, name, self.data.fingerprint)
+        return Stage(self.folder / f"{name}-{key}", self.data, settings, self.device, key)
+
+    @cached_property
+    def scorer(self):
+        """Measures images of this data set."""
+        metric_net, _ = train_metric_net(self.stage("metric", self.settings))
+        return Scorer(self.data, self.settings, metric_net, self.device)
+
+    def teacher(self, settings):
+        """The frozen Denoiser of these settings."""
+        return make_teacher(self.stage("teacher", settings))[0]
+
+    def add(self, **changes):
+        """(figures of the student at STEPS, seconds of training, stage) of an ADD training whose
+        settings differ from the testbed's by the changes."""
+        settings = dataclasses.replace(self.settings, **changes)
+        teacher, other = self.teacher(settings), settings.for_second_teacher
+        second = self.teacher(other) if other else None
+        features, _ = make_features(self.stage("features", settings))
+        stage = self.stage("distil", settings)
+        features = features or TeacherEncoder(teacher, settings.seed)
+        student, seconds = distil(stage, teacher, features, second)
+        # A student of one timestep is sampled at the others, too.
+        student = Student(student.denoiser, self.settings.distil_timesteps)
+        return [self.scorer.student(student, k) for k in STEPS], seconds, stage
+
+    def of_the_teacher(self):
+        """The teacher's row at most steps and best guidance."""
+        teacher = self.teacher(self.settings)
+        guidance = self.scorer.guided(teacher)[2]
+        return self.scorer.teacher(teacher, self.settings.eval_steps[-1], guidance)
+
+
+class Cells:
+    """Finished cells in a folder, one JSON each: results/ablation-glyphs/ROW-seed0.json."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _path(self, row, seed):
+        return self.folder / f"{row}-seed{seed}.json"
+
+    def read(self, row, seed):
+        """The cell as it was stored, or None. ValueError if it is no cell."""
+        path = self._path(row, seed)
+        if not path.exists():
+            return None
+        try:
+            cell = json.loads(path.read_text())
+            assert isinstance(cell["settings"], dict) and isinstance(cell["rows"], list)
+            return cell
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"{path}: no cell of this version; remove it") from error
+
+    def has(self, row, seed, settings):
+        """Whether the cell is there and of these settings."""
+        cell = self.read(row, seed)
+        return cell is not None and cell["settings"] == stored_settings(settings)
+
+    def write(self, row, settings, device, rows, seconds, more=None):
+        """Keep a cell: the rows are a Scorer's."""
+        cell = {
+            "row": row,
+            "seed": settings.seed,
+            "commit": commit(),
+            "machine": timing.machine(device),
+            "seconds": round(seconds, 1),
+            "settings": stored_settings(settings),
+            "rows": rows,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(row, settings.seed)
+        write_text(path, json.dumps(cell | (more or {}), indent=1) + "\n")
+
+
+def stored_settings(settings):
+    """As JSON gives them back, without where the data lie."""
+    values = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return {name: value for name, value in values.items() if name != "data_dir"}
+
+
+def clean(stage):
+    """Remove a finished training's folder; its figures are kept."""
+    shutil.rmtree(stage.folder, ignore_errors=True)
+
+
+# Means, spreads, and when two means differ ========================================================
+
+# 97.5 % quantiles of Student's t, by degrees of freedom.
+STUDENT_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
+
+
+def mean_and_spread(values):
+    """(mean, standard deviation) of some numbers; of one: (it, nan)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def verdict(better, worse):
+    """ "holds" if the mean of `better` is below that of `worse` by more than noise, "does not hold"
+    if it is above by more than that, "within noise" in between, "too few seeds" below two each.
+
+    Noise: the 95 % confidence interval of a difference of means, with the pooled standard deviation
+    of both (Student's t test).
+    """
+    n, m = len(better), len(worse)
+    if min(n, m) < 2:
+        return "too few seeds"
+    squares = (n - 1) * statistics.variance(better) + (m - 1) * statistics.variance(worse)
+    pooled = math.sqrt(squares / (n + m - 2))
+    noise = STUDENT_T.get(n + m - 2, 2.262) * pooled * math.sqrt(1 / n + 1 / m)
+    difference = statistics.mean(worse) - statistics.mean(better)
+    if abs(difference) <= noise:
+        return "within noise"
+    return "holds" if difference > 0 else "does not hold"
