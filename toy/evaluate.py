@@ -103,6 +103,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device, fid=
         "n": settings.eval_images,
         "test_images": len(data.test_images),
         "conditional": settings.conditional,
+        "colour": data.train_images.shape[1] == 3,
         "metric_accuracy": scorer.accuracy,
         "floor": scorer.floor(),
         "real": scorer.real(),

@@ -262,6 +262,21 @@ PRESETS = {
         eval_images=2000,
         eval_search_steps=0,
     ),
+    # For CIFAR-10 on two CPU cores, in about three hours.
+    "cifar-cpu": dict(
+        flip="true",
+        metric_steps=8000,
+        metric_width=48,
+        metric_depth=2,
+        metric_augment=("translation",),
+        teacher_steps=8000,
+        teacher_ema=200_000,
+        distil_steps=4000,
+        distil_batch=64,
+        distil_ema=50_000,
+        eval_images=2000,
+        eval_guidances=(1.0, 1.5, 2.0, 3.0),
+    ),
     "gpu": dict(
         metric_steps=2000,
         teacher_widths=(128, 256, 256),
