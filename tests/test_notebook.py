@@ -1,4 +1,4 @@
-"""notebooks/add.ipynb: runs from top to bottom, and was committed with the outputs of a real run."""
+"""notebooks/add.ipynb: runs from top to bottom; committed with the outputs of a real run."""
 
 import nbformat
 import pytest
