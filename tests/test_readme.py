@@ -70,10 +70,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_flags_of_the_toy_exist():
-    command = [sys.executable, "toy/run.py", "--help"]
-    shown = subprocess.check_output(command, cwd=ROOT, text=True)
-    known = set(re.findall(r"--[a-z][\w-]*", shown))
-    used = set()
+    known, used = set(), set()
+    for script in ("run", "ablate"):
+        command = [sys.executable, f"toy/{script}.py", "--help"]
+        shown = subprocess.check_output(command, cwd=ROOT, text=True)
+        known |= set(re.findall(r"--[a-z][\w-]*", shown))
     for page in ("README.md", "toy/README.md", "toy/experiments.md"):
         text = (ROOT / page).read_text()
         spans = [*re.findall("`([^`\n]+)`", text), *re.findall("^python .*$", text, re.MULTILINE)]

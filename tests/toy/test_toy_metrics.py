@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 from torch import nn
+from toy_runs import stage_at
 
+from toy.data import Dataset
 from toy.metrics import (
     STUDENT_T,
     coverage_of,
     frechet_distance,
     margin,
+    train_metric_net,
     within_class_variance,
 )
 from toy.networks import MetricNet, ViT
@@ -108,3 +111,20 @@ def test_the_metric_network_is_another_architecture_than_f():
 
     assert nn.LayerNorm in kinds(ViT()) and nn.LayerNorm not in kinds(MetricNet())
     assert nn.BatchNorm2d in kinds(MetricNet()) and nn.BatchNorm2d not in kinds(ViT())
+
+
+def test_the_metric_networks_images_are_augmented_as_asked(tmp_path, monkeypatch):
+    seen, forward = [], MetricNet.forward
+    monkeypatch.setattr(MetricNet, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    images = torch.full((128, 1, 16, 16), 255, dtype=torch.uint8)
+    data = Dataset("white", images, torch.arange(128) % 2, images, None, ("a", "b"))
+    own = dict(metric_steps=2, metric_width=4, metric_depth=3)
+    for augment in ((), ("translation",)):
+        seen.clear()
+        stage = stage_at(tmp_path / str(augment), data=data, metric_augment=augment, **own)
+        network, _ = train_metric_net(stage)
+        # A shift leaves zeros at the border, grey; the first batch gives the lazy layer its size.
+        grey = [bool((batch == 0).any()) for batch in seen[1:]]
+        assert grey == [bool(augment)] * 2
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [4] * 3 + [8] * 6
