@@ -159,7 +159,7 @@ class Settings:
         1000, "generated images that each figure is taken from", limits=(20, 10**6)
     )
     eval_guidances: tuple[float, ...] = option(
-        (1.0, 1.5, 2.0),
+        (1.0, 2.0, 3.0),
         "the teacher's, of which the one that is best at --eval-search-steps is used",
         limits=GUIDANCE,
     )
@@ -275,7 +275,7 @@ PRESETS = {
         distil_batch=64,
         distil_ema=50_000,
         eval_images=2000,
-        eval_guidances=(1.0, 1.5, 2.0, 3.0),
+        eval_guidances=(2.0, 3.0, 4.0, 5.0),
     ),
     "gpu": dict(
         metric_steps=2000,
