@@ -21,6 +21,7 @@ from toy.loop import GeneratorState, descend, run_loop
 from toy.networks import ConvNet, ViT
 
 NOISE = 0.6  # most that an F which denoises is shown
+TRAINED = ("classifier", "denoiser", "convolutional", "dino")  # what is trained here
 DINO_MOMENTUM = 0.98  # of the moving average of weights, for hundreds of steps
 
 
@@ -70,7 +71,7 @@ def make_features(stage):
     network, seconds = DinoV2().to(stage.device) if kind == "dinov2" else make_network(stage), 0.0
     if kind == "dino":
         seconds = train_dino(stage, network)
-    elif kind in ("classifier", "denoiser", "convolutional"):
+    elif kind in TRAINED:
         seconds = train_to_classify(stage, network)
     return network.requires_grad_(False).eval(), seconds
 

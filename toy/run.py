@@ -93,6 +93,14 @@ def pick_device(name):
         raise ValueError(f"{absent} ({one_line(error)[:150]})") from error
 
 
+def set_threads(count):
+    """So many CPU threads; None leaves them. ValueError for a number that cannot be."""
+    if count is not None:
+        if not 1 <= count <= 1024:
+            raise ValueError(f"--threads {count}: must be from 1 to 1024")
+        torch.set_num_threads(count)
+
+
 def configure(arguments, given, device):
     """(settings, preset, run folder): from the preset and the flags, or on --resume from the
     folder's config.json."""
@@ -135,15 +143,15 @@ def read_results(path):
         return {}
 
 
-def resolve(settings, data, device):
-    """The settings with what "auto" comes to for this data and device, and without what a public
-    teacher cannot do. A resumed run must not come to anything else."""
+def resolve(settings, kind, device):
+    """The settings with what "auto" comes to for this kind of data and device, and without what a
+    public teacher cannot do. A resumed run must not come to anything else."""
     precision, flip = settings.precision, settings.flip
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     if flip == "auto":
-        flip = "true" if data.kind == "cifar10" else "false"
-    changes = dict(dataset=data.kind, precision=precision, flip=flip)
+        flip = "true" if kind == "cifar10" else "false"
+    changes = dict(dataset=kind, precision=precision, flip=flip)
     if not settings.conditional:  # there are no classes to guide by, nor to judge by
         changes |= dict(eval_guidances=(1.0,), distil_c_text=False)
     return dataclasses.replace(settings, **changes)
@@ -153,10 +161,7 @@ def run(arguments, given):
     """The whole job; returns the run folder."""
     device = pick_device(arguments.device)
     settings, preset, folder = configure(arguments, given, device)
-    if arguments.threads is not None:
-        if not 1 <= arguments.threads <= 1024:
-            raise ValueError(f"--threads {arguments.threads}: must be from 1 to 1024")
-        torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     if settings.deterministic:
         be_deterministic()
@@ -174,7 +179,7 @@ def run(arguments, given):
     on = report.device_name(device)
     print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = resolve(settings, data, device)
+    settings = resolve(settings, data.kind, device)
     config = {"preset": preset, "settings": dataclasses.asdict(settings)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 

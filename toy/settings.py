@@ -237,10 +237,11 @@ class Settings:
             if getattr(self, name) != usual and not self.conditional:
                 given = f"--{flag(name)} {show(getattr(self, name))}"
                 raise ValueError(f"{given}: not with --teacher {self.teacher}; leave one out")
-        if self.features_width % 4:
+        least = 16 if self.features == "convolutional" else 4  # groups of its norm; attention heads
+        if self.features_width % least:
             raise ValueError(
-                f"--features-width {self.features_width}: must be a multiple of 4, the heads of "
-                "its attention"
+                f"--features-width {self.features_width}: must be a multiple of {least} with "
+                f"--features {self.features}"
             )
         if self.size % self.features_patch:
             raise ValueError(

@@ -20,25 +20,24 @@ from toy.features import TeacherEncoder, make_features
 from toy.loop import Stage
 from toy.metrics import train_metric_net
 from toy.report import commit
-from toy.run import resolve
 from toy.settings import stage_key
 from toy.teacher import make_teacher
 
 STEPS = (1, 4)  # at which a student is scored
-FIGURES = ("fd", "precision", "recall", "accuracy")  # that a cell keeps, and the variances
+FIGURES = ("fd", "precision", "recall", "accuracy")  # of the tables
 
 
 class Testbed:
-    """One data set and seed. Whatever is trained lies in a folder that its settings name, so that
-    no cell trains a network that another one has trained."""
+    """One data set and seed, at settings that run.resolve has seen. Whatever is trained lies in a
+    folder that its settings name, so that no cell trains a network that another one has trained."""
 
     def __init__(self, folder, settings, device):
-        self.device, self.data = device, datasets.load(
+        self.settings, self.device = settings, device
+        self.data = datasets.load(
             settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size,
             limit=settings.limit or None,
         )  # fmt: skip
         datasets.check_classes(self.data)
-        self.settings = resolve(settings, self.data, device)
         self.folder = folder / f"{self.data.kind}-seed{settings.seed}"
 
     def stage(self, name, settings):
@@ -86,37 +85,38 @@ class Cells:
     def _path(self, row, seed):
         return self.folder / f"{row}-seed{seed}.json"
 
-    def read(self, row, seed):
-        """The cell as it was stored, or None. ValueError if it is no cell."""
-        path = self._path(row, seed)
+    def seeds(self, row):
+        """The seeds of which there is a cell, of whatever settings."""
+        found = self.folder.glob(f"{row}-seed*.json")
+        return sorted(int(path.stem.rpartition("-seed")[2]) for path in found)
+
+    def read(self, row, settings, fingerprint=None):
+        """The cell of these settings, their seed among them, and of data with that fingerprint
+        (None: any); None if there is none. ValueError if the file is no cell."""
+        path = self._path(row, settings.seed)
         if not path.exists():
             return None
         try:
             cell = json.loads(path.read_text())
-            assert isinstance(cell["settings"], dict) and isinstance(cell["rows"], list)
-            return cell
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            fits = cell["settings"] == stored_settings(settings)
+            fits &= fingerprint in (None, cell["data"])
+            return cell if fits and cell["rows"] else None
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no cell of this version; remove it") from error
 
-    def has(self, row, seed, settings):
-        """Whether the cell is there and of these settings."""
-        cell = self.read(row, seed)
-        return cell is not None and cell["settings"] == stored_settings(settings)
-
-    def write(self, row, settings, device, rows, seconds, more=None):
+    def write(self, row, settings, bed, rows, seconds):
         """Keep a cell: the rows are a Scorer's."""
         cell = {
             "row": row,
-            "seed": settings.seed,
             "commit": commit(),
-            "machine": timing.machine(device),
+            "machine": timing.machine(bed.device),
+            "data": bed.data.fingerprint,
             "seconds": round(seconds, 1),
             "settings": stored_settings(settings),
             "rows": rows,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(row, settings.seed)
-        write_text(path, json.dumps(cell | (more or {}), indent=1) + "\n")
+        write_text(self._path(row, settings.seed), json.dumps(cell, indent=1) + "\n")
 
 
 def stored_settings(settings):
@@ -142,19 +142,17 @@ def mean_and_spread(values):
 
 
 def verdict(better, worse):
-    """ "holds" if the mean of `better` is below that of `worse` by more than noise, "does not hold"
-    if it is above by more than that, "within noise" in between, "too few seeds" below two each.
+    """ "holds" if `better` is below `worse` by more than noise, "does not hold" if it is above by
+    more than that, "within noise" in between, "too few seeds" if they share less than two.
 
-    Noise: the 95 % confidence interval of a difference of means, with the pooled standard deviation
-    of both (Student's t test).
+    Both are {seed: figure > 0}. A seed's rows share their teacher and data, so they are compared in
+    pairs: a t test on the logarithms of the ratios, at 95 %.
     """
-    n, m = len(better), len(worse)
-    if min(n, m) < 2:
+    ratios = [math.log(worse[seed] / better[seed]) for seed in better.keys() & worse.keys()]
+    n = len(ratios)
+    if n < 2:
         return "too few seeds"
-    squares = (n - 1) * statistics.variance(better) + (m - 1) * statistics.variance(worse)
-    pooled = math.sqrt(squares / (n + m - 2))
-    noise = STUDENT_T.get(n + m - 2, 2.262) * pooled * math.sqrt(1 / n + 1 / m)
-    difference = statistics.mean(worse) - statistics.mean(better)
-    if abs(difference) <= noise:
+    noise = STUDENT_T.get(n - 1, 2.262) * statistics.stdev(ratios) / math.sqrt(n)
+    if abs(statistics.mean(ratios)) <= noise:
         return "within noise"
-    return "holds" if difference > 0 else "does not hold"
+    return "holds" if statistics.mean(ratios) > 0 else "does not hold"

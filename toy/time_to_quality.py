@@ -26,7 +26,7 @@ from common.flags import add_flags, from_dict
 from toy import data as datasets
 from toy.data import to_float
 from toy.distil import prepare
-from toy.features import TeacherEncoder, make_features
+from toy.features import TRAINED, TeacherEncoder, make_features
 from toy.loop import Stage, TrainingError
 from toy.metrics import embed, frechet_distance, train_metric_net
 from toy.run import pick_device
@@ -48,8 +48,10 @@ class Run:
             s.dataset, s.data_dir, seed=s.seed, size=s.size, limit=s.limit or None
         )
 
+        if s.distil_widths:
+            raise ValueError(f"--run {folder}: its student has another size than its teacher")
         trained = ["metric", "teacher"]
-        if s.features in ("classifier", "denoiser"):
+        if s.features in TRAINED:
             trained.append("features")
 
         def stage(name):

@@ -3,32 +3,36 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_runs import call, main_in_process
+from toy_runs import TINY, call, main_in_process
 
 from toy import ablate
+from toy.distil import load_student
 from toy.settings import Settings
 from toy.testbed import Cells, mean_and_spread, verdict
 
-CPU = torch.device("cpu")
+
+def seeds(*values):
+    return dict(enumerate(values))
 
 
 @pytest.mark.parametrize(
     "better, worse, expected",
     [
-        # Pooled deviation 1, t of 4 degrees 2.776: noise is 2.776 √(2/3) = 2.267.
-        ([9.0, 10.0, 11.0], [11.3, 12.3, 13.3], "holds"),
-        ([9.0, 10.0, 11.0], [11.2, 12.2, 13.2], "within noise"),
-        ([11.3, 12.3, 13.3], [9.0, 10.0, 11.0], "does not hold"),
-        ([9.0, 10.0], [100.0], "too few seeds"),
-        # Deviations 0 and 2 over (2, 3) seeds: variance 8/3, t of 3 degrees 3.182, noise 4.743.
-        ([1.0, 1.0], [3.7, 5.7, 7.7], "within noise"),
-        ([1.0, 1.0], [3.8, 5.8, 7.8], "holds"),
+        # Logarithms of the ratios 1, 2, 3: deviation 1, t of 2 degrees 4.303, noise 2.484 > 2.
+        (seeds(1, 1, 1), seeds(math.e, math.e**2, math.e**3), "within noise"),
+        # 1.6, 2, 2.4: noise 0.994 < 2. Seeds that are far apart do not matter, only their ratios.
+        (seeds(1, 10, 100), seeds(math.e**1.6, 10 * math.e**2, 100 * math.e**2.4), "holds"),
+        (seeds(math.e**1.6, math.e**2, math.e**2.4), seeds(1, 1, 1), "does not hold"),
+        # One common seed.
+        ({0: 1.0, 1: 2.0}, {1: 9.0, 2: 9.0}, "too few seeds"),
+        ({}, {}, "too few seeds"),
     ],
 )
-def test_a_claim_holds_where_means_differ_by_more_than_noise(better, worse, expected):
+def test_a_claim_holds_where_ratios_differ_from_one_by_more_than_noise(better, worse, expected):
     assert verdict(better, worse) == expected
 
 
@@ -41,24 +45,27 @@ def row(fd, steps=1):
     return dict(fd=fd, precision=0.5, recall=0.25, accuracy=0.75, steps=steps)
 
 
-def test_a_cell_counts_for_its_own_settings_and_budget_alone(tmp_path):
+def test_a_cell_counts_for_its_own_settings_and_data_alone(tmp_path):
     cells, base = Cells(tmp_path), Settings(seed=1)
-    cells.write("teacher", base, CPU, [row(4.0, 50)], 0)
-    cells.write("default", base, CPU, [row(2.0), row(1.0, 4)], 60)
-    assert cells.has("default", 1, base) and not cells.has("default", 0, base)
-    assert cells.has("default", 1, dataclasses.replace(base, data_dir="elsewhere"))
-    assert not cells.has("default", 1, dataclasses.replace(base, distil_gamma=0))
+    bed = SimpleNamespace(device=torch.device("cpu"), data=SimpleNamespace(fingerprint="mine"))
+    cells.write("teacher", base, bed, [row(4.0, 50)], 0)
+    cells.write("default", base, bed, [row(2.0), row(1.0, 4)], 60)
+    assert cells.read("default", base)["seconds"] == 60 and cells.seeds("default") == [1]
+    assert cells.read("default", base, "mine") and not cells.read("default", base, "another")
+    assert cells.read("default", dataclasses.replace(base, data_dir="elsewhere"))
     # Multiples of the teacher's distance.
-    assert ablate.collect(cells, base, "default", 1, "fd") == [0.5]
-    assert ablate.collect(cells, base, "default", 4, "fd") == [0.25]
-    assert ablate.collect(cells, base, "default", 4, "accuracy") == [0.75]
-    longer = dataclasses.replace(base, distil_steps=9999)
-    assert ablate.collect(cells, longer, "default", 1, "fd") == []
+    assert ablate.collect(cells, base, "default", 1, "fd") == {1: 0.5}
+    assert ablate.collect(cells, base, "default", 4, "fd") == {1: 0.25}
+    assert ablate.collect(cells, base, "default", 4, "accuracy") == {1: 0.75}
+    for change in (dict(distil_steps=9999), dict(teacher_steps=9), dict(precision="fp32")):
+        other = dataclasses.replace(base, **change)
+        assert not cells.read("default", other)
+        assert ablate.collect(cells, other, "default", 1, "fd") == {}
     stored = json.loads((tmp_path / "default-seed1.json").read_text())
-    assert stored["commit"] and stored["machine"] and stored["seconds"] == 60
+    assert stored["commit"] and stored["machine"]
     (tmp_path / "default-seed1.json").write_text("{}")
     with pytest.raises(ValueError, match="default-seed1.json: no cell of this version; remove it"):
-        cells.read("default", 1)
+        cells.read("default", base)
 
 
 def test_every_row_is_one_valid_change_and_every_claim_is_of_rows():
@@ -69,7 +76,7 @@ def test_every_row_is_one_valid_change_and_every_claim_is_of_rows():
         settings = ablate.settings_of(row, base)
         assert settings not in seen  # and each is another one
         seen.add(settings)
-    for claim in ablate.CLAIMS:
+    for claim in (*ablate.PAPER, *ablate.DESIGN):
         assert {claim.better, claim.worse} <= ablate.ROWS.keys()
 
 
@@ -102,6 +109,29 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert now.keys() - cells.keys() == {"lambda-0.5-seed0"} and cells.items() <= now.items()
 
 
-def test_an_unknown_row_is_refused(tmp_path, capsys):
-    code, err = main_in_process(ablate, [*FLAGS, "--only", "z", "--out", tmp_path], capsys)
-    assert code == 2 and "--only z: no such group or row; choose from a, b, c" in err
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--only", "z"], "--only z: no such group or row; choose from a, b, c"),
+        (["--seeds", "0,x"], "argument --seeds: invalid numbers value: '0,x'"),
+        (["--seeds=-1,0"], "argument --seeds: -1,0: seeds start at 0"),
+        (["--threads", "-1"], "--threads -1: must be from 1 to 1024"),
+        (["--budget", "-1"], "--budget -1: must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(flags, says, tmp_path, capsys):
+    code, err = main_in_process(ablate, [*FLAGS, *flags, "--out", tmp_path], capsys)
+    assert code == 2 and says in err
+
+
+def test_a_student_of_another_size_trains_from_its_own_teacher_and_is_loaded(tmp_path):
+    """A whole run: the second teacher is a stage, and toy/sample.py finds the student's size."""
+    flags = ["--limit", "64", "--distil-widths", "8,24", "--out", tmp_path / "run"]
+    code, out, err = call("run.py", *TINY, *flags)
+    assert code == 0, err
+    assert "second teacher" in (tmp_path / "run" / "report.md").read_text()
+    student, *_ = load_student(tmp_path / "run")
+    assert student.denoiser.network.map_channels == [8, 24, 24]
+    teachers = [tmp_path / "run" / name / "checkpoint.pt" for name in ("second", "teacher")]
+    widths = [torch.load(path, weights_only=True)["network"] for path in teachers]
+    assert [w["middle.1.norm1.weight"].numel() for w in widths] == [24, 16]
