@@ -159,12 +159,12 @@ class Settings:
         1000, "generated images that each figure is taken from", limits=(20, 10**6)
     )
     eval_guidances: tuple[float, ...] = option(
-        (1.0, 2.0, 3.0),
+        (2.0, 3.0),
         "the teacher's, of which the one that is best at --eval-search-steps is used",
         limits=GUIDANCE,
     )
     eval_search_steps: int = option(
-        10,
+        0,
         "DDIM steps at which the guidance is chosen, if there are several; at most, and for 0, the "
         "last of --eval-steps",
         limits=(0, 1000),
@@ -261,7 +261,6 @@ PRESETS = {
         distil_batch=64,
         distil_ema=40_000,
         eval_images=2000,
-        eval_search_steps=0,
     ),
     # For CIFAR-10 on two CPU cores, in about three hours.
     "cifar-cpu": dict(
@@ -277,6 +276,7 @@ PRESETS = {
         distil_ema=50_000,
         eval_images=2000,
         eval_guidances=(2.0, 3.0, 4.0, 5.0),
+        eval_search_steps=10,
     ),
     "gpu": dict(
         metric_steps=2000,
@@ -297,7 +297,6 @@ PRESETS = {
         distil_head_width=128,
         distil_c_map=64,
         eval_images=5000,
-        eval_search_steps=0,
     ),
     "tiny": dict(
         limit=256,
