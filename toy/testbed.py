@@ -2,26 +2,30 @@
 once; cells, each one training's figures in a small file; means and spreads of seeds.
 """
 
+import argparse
 import dataclasses
 import json
 import math
 import shutil
 import statistics
+import sys
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from add import Student
 from common import timing
-from common.checkpoints import write_text
+from common.checkpoints import CheckpointError, Stopped, one_line, stop_on_signals, write_text
 from toy import data as datasets
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import TeacherEncoder, make_features
-from toy.loop import Stage
+from toy.loop import Stage, TrainingError
 from toy.metrics import train_metric_net
 from toy.report import commit
-from toy.run import resolve
-from toy.settings import stage_key
+from toy.run import pick_device, resolve
+from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
 STEPS = (1, 4)  # at which a student is scored
@@ -56,9 +60,9 @@ class Testbed:
         """The frozen Denoiser of these settings."""
         return make_teacher(self.stage("teacher", settings))[0]
 
-    def add(self, **changes):
-        """(figures of the student at STEPS, seconds of training, stage) of an ADD training whose
-        settings differ from the testbed's by the changes."""
+    def add(self, counts=STEPS, **changes):
+        """(figures of the student at these numbers of steps, seconds of training, stage) of an ADD
+        training whose settings differ from the testbed's by the changes."""
         settings = dataclasses.replace(self.settings, **changes)
         teacher, other = self.teacher(settings), settings.for_second_teacher
         second = self.teacher(other) if other else None
@@ -68,7 +72,7 @@ class Testbed:
         student, seconds = distil(stage, teacher, features, second)
         # A student of one timestep is sampled at the others, too.
         student = Student(student.denoiser, self.settings.distil_timesteps)
-        return [self.scorer.student(student, k) for k in STEPS], seconds, stage
+        return [self.scorer.student(student, k) for k in counts], seconds, stage
 
     def of_the_teacher(self):
         """The teacher's row at most steps and best guidance."""
@@ -102,6 +106,16 @@ class Cells:
         """Whether the cell is there and of these settings."""
         cell = self.read(row, seed)
         return cell is not None and cell["settings"] == stored_settings(settings)
+
+    def sources(self):
+        """(commits, machines) of all cells, each one string."""
+        commits, machines = set(), set()
+        for path in sorted(self.folder.glob("*-seed*.json")):
+            row, _, seed = path.stem.rpartition("-seed")
+            cell = self.read(row, int(seed))
+            commits.add(cell["commit"])
+            machines.add(cell["machine"])
+        return ", ".join(sorted(commits)), ", ".join(sorted(machines))
 
     def write(self, row, settings, device, rows, seconds, more=None):
         """Keep a cell: the rows are a Scorer's."""
@@ -141,6 +155,14 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def show(values, digits=2):
+    """Mean ± standard deviation, as a table's cell."""
+    if not values:
+        return ""
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+
+
 def verdict(better, worse):
     """ "holds" if the mean of `better` is below that of `worse` by more than noise, "does not hold"
     if it is above by more than that, "within noise" in between, "too few seeds" below two each.
@@ -158,3 +180,89 @@ def verdict(better, worse):
     if abs(difference) <= noise:
         return "within noise"
     return "holds" if difference > 0 else "does not hold"
+
+
+# The command lines ================================================================================
+
+
+def numbers(text):
+    """0,1,2 → [0, 1, 2]."""
+    return [int(n) for n in text.split(",")]
+
+
+def make_parser(prog, description, seeds, only):
+    """The flags that both programs have; `seeds` is the default, as it is typed, and `only` says
+    what --only takes."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = ("glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+    parser.add_argument("--dataset", choices=kinds, default="glyphs", help="default: glyphs")
+    parser.add_argument("--data-dir", default="data", help="as of toy/run.py (default: data)")
+    parser.add_argument(
+        "--seeds", type=numbers, default=numbers(seeds), metavar="N,…", help=f"default: {seeds}"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="NAME,…", help=only
+    )
+    parser.add_argument(
+        "--budget", type=int, default=0, help="ADD iterations of a cell (default: a third)"
+    )
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="cpu", help="of all else (default: cpu)"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="as of toy/run.py")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/testbed"), help="for networks (runs/testbed)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="for tables and cells (results)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_program(prog, arguments, work):
+    """Call work(device), which returns a page's path, and print it. Returns the exit code, as of
+    toy/run.py."""
+    stop_on_signals()
+    try:
+        if arguments.budget < 0:
+            raise ValueError(f"--budget {arguments.budget}: must be at least 1")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
+        page = work(pick_device(arguments.device))
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}; the same command goes on", file=sys.stderr)
+        return stopped.code
+    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
+        if arguments.debug:
+            raise
+        print(f"{prog}: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+def base_settings(arguments, seed):
+    """The default run at a cell's budget."""
+    preset, budget = PRESETS[arguments.preset], arguments.budget
+    usual = Settings(**preset)
+    if not budget:
+        budget = usual.distil_steps // 3
+    return dataclasses.replace(
+        usual,
+        dataset=arguments.dataset,
+        data_dir=arguments.data_dir,
+        limit=arguments.limit or usual.limit,
+        seed=seed,
+        distil_steps=budget,
+        # The average's memory is the same share of the training.
+        distil_ema=max(1, usual.distil_ema * budget // usual.distil_steps),
+    )
