@@ -49,7 +49,7 @@ from toy.testbed import (
 TUNING_SEED = 0
 SAMPLERS = {"DDIM": ddim, "DPM-Solver++(2M)": dpm_solver}  # of the teacher
 TEACHER_STEPS = (50, 25, 8, 4, 1)
-TRIAL_STEPS, WARM_UP = 6, 2  # of each phase, for a rival's pace; and how many are not counted
+TRIAL_STEPS, WARM_UP = 12, 2  # of each phase, for a rival's pace; and how many are not counted
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,10 @@ def train_rival(rival, stage, teacher, lr, guidance, seconds, clock=time.perf_co
     if rival.PAIRS:
         more["pairs"] = draw_pairs(stage, teacher, guidance, SHARE * seconds, clock)
     spent = clock() - began
-    trial = rival(stage, teacher, lr, TRIAL_STEPS * rival.PHASES, guidance, **more)
+    trial_steps = TRIAL_STEPS * rival.PHASES
+    trial = rival(stage, teacher, lr, trial_steps, guidance, **more)
     pace = seconds_per_step(trial, stage.device, clock)
+    del trial  # a GPU's memory need not hold two
     steps = max(rival.PHASES, round((seconds - spent) / pace))
     training = rival(stage, teacher, lr, steps, guidance, **more)
     spent += run_loop(stage, rival.TITLE, training.parts, training.step, steps)
@@ -204,6 +206,8 @@ def run_cell(cells, bed, method, lr, base, device):
                 method.rival, stage, teacher, lr, guidance, budget
             )
             rows = [bed.scorer.sampled(training.sample, k, method.title) for k in method.steps]
+            if method.rival.PAIRS:
+                more["pairs"] = len(training.pairs.noise)
         else:
             changes, steps = method.settings | {"distil_student_lr": lr}, settings.distil_steps
             rows, seconds, stage = bed.add(method.steps, **changes)
@@ -297,7 +301,7 @@ def conclusion(lines):
     if first.method == ADD.title:
         words, other = "is best: no rival wins", others[0] if others else None
     else:
-        words = "is best: here a rival wins"
+        words = "wins over ADD"
         other = next((line for line in others if line.method == ADD.title), None)
     text = f"In one step {first.method} {words}"
     if other is None:

@@ -563,7 +563,7 @@ def test_the_table_is_bold_where_one_step_is_best_and_says_when_a_rival_wins(tmp
     assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 |")
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
     assert compare.conclusion(lines) == (
-        "In one step regression is best: here a rival wins (0.85 ± 0.07; ADD 2.75 ± 2.47). "
+        "In one step regression wins over ADD (0.85 ± 0.07; ADD 2.75 ± 2.47). "
         "The difference is within noise."
     )
 
@@ -602,7 +602,11 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
     assert cells.keys() == names | {"teacher-seed0", "add-0.0001-seed0"}
     cell = json.loads((tmp_path / "compare-glyphs" / "regression-0.001-seed0.json").read_text())
     assert cell["seconds"] > 0 and cell["steps"] >= 1 and cell["commit"] and cell["machine"]
-    assert cell["learning_rate"] == 0.001 and [r["steps"] for r in cell["rows"]] == [1]
+    assert (
+        cell["pairs"] >= 100
+        and cell["learning_rate"] == 0.001
+        and [r["steps"] for r in cell["rows"]] == [1]
+    )
     kept = {path.name.split("-")[0] for path in (tmp_path / "work" / "glyphs-seed0").iterdir()}
     assert kept == {"metric", "teacher"}
     code, _ = main_in_process(compare, [*FLAGS, *where, "--only", "regression"], capsys)

@@ -66,12 +66,12 @@ class Training:
         @recorded(self.device, [self.generator])
         def gradient(*tensors):
             loss, *others = loss_of(*tensors)
-            return loss, backward(loss, optimizer), others
+            return loss.detach(), backward(loss, optimizer), others  # no graph is kept
 
         def descend(*tensors):
             loss, norm, others = gradient(*tensors)
             update(optimizer, name, loss, norm)
-            return {f"{name}_loss": loss.detach(), f"gradient_{name}": norm}, others
+            return {f"{name}_loss": loss, f"gradient_{name}": norm}, others
 
         return descend
 
