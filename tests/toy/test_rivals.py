@@ -210,16 +210,16 @@ def test_consistency_target_is_the_averages_one_step_on_or_the_teachers_at_the_e
         for p in training.average.module.parameters():
             p.mul_(0.5)  # so that it is neither the student nor the teacher
     grid = training.student.timesteps
-    assert len(grid) == 40 and grid[0] == 24 and grid[1] == 49 and grid[-1] == 999
+    assert len(grid) == 20 and grid[0] == 49 and grid[1] == 99 and grid[-1] == 999
     x, labels, null = torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([3, 3])
-    target = training.target(x, torch.tensor([0, 39]), labels)
+    target = training.target(x, torch.tensor([0, 19]), labels)
     teacher, schedule = training.teacher, training.schedule
-    x_0, _ = teacher.predict(x, torch.tensor([24, 24]), labels, 2.0, null)
+    x_0, _ = teacher.predict(x, torch.tensor([49, 49]), labels, 2.0, null)
     torch.testing.assert_close(target[0], x_0[0])
     x_0, epsilon = teacher.predict(x, torch.tensor([999, 999]), labels, 2.0, null)
-    x_974 = schedule.alpha[974] * x_0 + schedule.sigma[974] * epsilon
+    x_949 = schedule.alpha[949] * x_0 + schedule.sigma[949] * epsilon
     average = Denoiser(training.average.module, schedule, "v")
-    torch.testing.assert_close(target[1], average(x_974, torch.tensor([974, 974]), labels)[1])
+    torch.testing.assert_close(target[1], average(x_949, torch.tensor([949, 949]), labels)[1])
 
 
 def test_consistency_moves_the_average_a_twentieth_and_gives_it_no_gradient(tmp_path):
@@ -385,6 +385,10 @@ def test_the_matching_gradient_by_hand():
     x_hat, real, fake = (torch.tensor(v).view(1, 1, 1, 2) for v in ([2.0, 0], [1.0, 3], [4.0, 3]))
     # |x̂ - real| has mean (1 + 3) / 2; fake - real is (3, 0).
     assert dmd2.matching_gradient(x_hat, real, fake).flatten().tolist() == [1.5, 0]
+    # Each image has a scale of its own: the second is twice as far off.
+    pairs_of = ((x_hat, 2 * x_hat - real), (real, real), (fake, fake))
+    gradient = dmd2.matching_gradient(*(torch.cat(pair) for pair in pairs_of))
+    assert gradient.flatten().tolist() == [1.5, 0, 0.75, 0]
 
 
 def test_dmd2_moves_generated_images_from_the_fake_to_the_real_estimate(tmp_path, monkeypatch):
