@@ -5,9 +5,10 @@ Each rival (toy/rivals/) has the student's network, data and batch size, and as 
 into the seconds that ADD trained for with that seed. Its learning rate is the best of three, by the
 distance at its fewest steps on seed 0. What the table shows are other seeds.
 
-A finished training is kept as a small file and not done again. Ctrl-C may come at any time; what it
-stops, a rival begins anew. Writes OUT/compare-DATASET.md and .png, and the files beside them. Two
-seeds can be run at once (--seeds 1, --seeds 2) after --seeds 0 has found the learning rates.
+A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
+same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
+.png, and the files beside them. Once --seeds 0 has found the learning rates, two seeds can be run
+at once: --seeds 1 in one terminal, --seeds 2 in another.
 """
 
 import os

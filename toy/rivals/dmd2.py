@@ -6,9 +6,9 @@ were real, and a fake-score network, trained on generated images, as what they a
 follows the difference. A logit head on the fake-score network's encoder tells diffused real images
 from diffused generated ones.
 
-The paper moves the fake-score network 5 times an update of the generator. Here it is twice: with 5
-the generator would have a hundred updates or so in the time of 800 iterations of ADD. Both GAN
-weights are the paper's on ImageNet.
+On ImageNet the paper moves the fake-score network 5 times an update of the generator. Here it is
+twice, which gives the generator about twice as many updates in the same time. Both GAN weights are
+the paper's on ImageNet.
 """
 
 import torch

@@ -32,7 +32,7 @@ class Progressive(Training):
     """See the module."""
 
     TITLE = "progressive distillation"
-    LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+    LEARNING_RATES = (3e-4, 1e-3, 3e-3)
     STEPS = (1, 2, 4)
     PHASES = len(PHASE_STEPS)
 

@@ -16,7 +16,7 @@ class Reflow(OnPairs):
     """See the module."""
 
     TITLE = "2-rectified flow"
-    LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+    LEARNING_RATES = (3e-4, 1e-3, 3e-3)
     STEPS = (1, 2)
 
     def __init__(self, *arguments, **more):
