@@ -10,22 +10,30 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 
-import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
-from common.checkpoints import CheckpointError, Stopped, one_line, stop_on_signals, write_text
-from toy import data as datasets
-from toy.loop import TrainingError
-from toy.run import pick_device, resolve, set_threads
-from toy.settings import PRESETS, Settings
-from toy.testbed import FIGURES, STEPS, Cells, Testbed, clean, mean_and_spread, verdict
+from common.checkpoints import write_text
+from toy.settings import Settings
+from toy.testbed import (
+    FIGURES,
+    STEPS,
+    Cells,
+    Testbed,
+    base_settings,
+    clean,
+    make_parser,
+    mean_and_spread,
+    of_seed,
+    run_program,
+    show,
+    sources,
+    verdict,
+)
 
 SMALL = (16, 32, 64)  # channels of the smaller U-Net of group e
 
@@ -150,23 +158,6 @@ DESIGN = [
 ]
 
 
-def base_settings(arguments, seed, device):
-    """The default run at a cell's budget."""
-    usual = Settings(**PRESETS[arguments.preset])
-    budget = arguments.budget or usual.distil_steps // 3
-    settings = dataclasses.replace(
-        usual,
-        dataset=arguments.dataset,
-        data_dir=arguments.data_dir,
-        limit=arguments.limit or usual.limit,
-        seed=seed,
-        distil_steps=budget,
-        # The average's memory is the same share of the training.
-        distil_ema=max(1, usual.distil_ema * budget // usual.distil_steps),
-    )
-    return resolve(settings, arguments.dataset, device)
-
-
 def wanted_rows(only):
     """The rows of some groups or of some names, the default first."""
     if not only:
@@ -205,11 +196,6 @@ def run_cells(arguments, cells, device):
             clean(stage)
 
 
-def of_seed(base, seed):
-    """The same settings for another seed."""
-    return dataclasses.replace(base, seed=seed)
-
-
 def teachers(cells, base):
     """{seed: the teacher's row} of these settings."""
     found = {seed: cells.read("teacher", of_seed(base, seed)) for seed in cells.seeds("teacher")}
@@ -225,14 +211,6 @@ def collect(cells, base, name, steps, figure):
             value = next(r[figure] for r in cell["rows"] if r["steps"] == steps)
             values[seed] = value / teacher["fd"] if figure == "fd" else value
     return values
-
-
-def show(values, digits=2):
-    """Mean ± standard deviation of {seed: figure}."""
-    if not values:
-        return ""
-    mean, spread = mean_and_spread(list(values.values()))
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
 def table(cells, base):
@@ -302,7 +280,7 @@ def write_page(out, cells, base, command):
         for seed in rows
         for row in ROWS.values()
     ]
-    commits, machines = ({cell[name] for cell in read if cell} for name in ("commit", "machine"))
+    commits, machines = sources(filter(None, read))
     fd, precision, recall, accuracy = (
         show({seed: row[name] for seed, row in rows.items()}) for name in FIGURES
     )
@@ -310,8 +288,7 @@ def write_page(out, cells, base, command):
         f"# Table 1 on {base.dataset}",
         "",
         f"`{command}` · seeds {', '.join(map(str, rows))} · {base.distil_steps} ADD iterations a "
-        f"cell · {', '.join(sorted(machines))} · {base.precision} · commit "
-        f"{', '.join(sorted(commits))}",
+        f"cell · {machines} · {base.precision} · commit {commits}",
         "",
         "Every row is one change from the default run. Mean ± standard deviation over the seeds. "
         f"Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
@@ -343,84 +320,21 @@ def write_page(out, cells, base, command):
     draw(out.with_suffix(".png"), cells, base)
 
 
-def numbers(text):
-    """Comma-separated whole numbers of at least 0."""
-    values = [int(n) for n in text.split(",")]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: seeds start at 0")
-    return values
-
-
-def parse_arguments(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="toy/ablate.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    kinds = ("glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
-    parser.add_argument("--dataset", choices=kinds, default="glyphs", help="default: glyphs")
-    parser.add_argument("--data-dir", default="data", help="as of toy/run.py (default: data)")
-    parser.add_argument(
-        "--seeds",
-        type=numbers,
-        default=[0, 1, 2],
-        metavar="N,…",
-        help="default: 0,1,2",
-    )
-    parser.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="NAME,…",
-        help=f"groups ({', '.join(GROUPS)}) or rows; the default is always among them",
-    )
-    parser.add_argument(
-        "--budget", type=int, default=0, help="ADD iterations of a cell (default: a third)"
-    )
-    parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="cpu", help="of all else (default: cpu)"
-    )
-    parser.add_argument("--limit", type=int, default=0, help="as of toy/run.py")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/testbed"), help="for networks (runs/testbed)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="for tables and cells (results)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
     """Exit codes as of toy/run.py."""
-    arguments = parse_arguments(argv)
-    stop_on_signals()
-    given = sys.argv[1:] if argv is None else argv
-    command = " ".join(["python toy/ablate.py", *given])
-    try:
-        if arguments.budget < 0:
-            raise ValueError(f"--budget {arguments.budget}: must be at least 1")
-        set_threads(arguments.threads)
-        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
-        device, arguments.rows = pick_device(arguments.device), wanted_rows(arguments.only)
+    only = f"groups ({', '.join(GROUPS)}) or rows; the default is always among them"
+    arguments = make_parser("toy/ablate.py", __doc__, "0,1,2", only).parse_args(argv)
+    command = " ".join(["python toy/ablate.py", *(sys.argv[1:] if argv is None else argv)])
+
+    def work(device):
+        arguments.rows = wanted_rows(arguments.only)
         out = arguments.out / f"ablation-{arguments.dataset}"
         cells = Cells(out)
         run_cells(arguments, cells, device)
         write_page(out, cells, base_settings(arguments, arguments.seeds[0], device), command)
-    except Stopped as stopped:
-        print(f"\nstopped by {stopped}; the same command goes on", file=sys.stderr)
-        return stopped.code
-    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
-        if arguments.debug:
-            raise
-        print(f"toy/ablate.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(out.with_suffix(".md"))
-    return 0
+        return out.with_suffix(".md")
+
+    return run_program("toy/ablate.py", arguments, work)
 
 
 if __name__ == "__main__":

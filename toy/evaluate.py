@@ -2,12 +2,21 @@
 
 import time
 
+import torch
+
 from add import ddim
 from common.timing import synchronize
 from toy.data import to_float, to_uint8
 from toy.metrics import embed, frechet_distance, measure
 from toy.report import best_teacher
-from toy.samplers import balanced_labels, dpm_solver, noise_for, sample_student, sample_teacher
+from toy.samplers import (
+    balanced_labels,
+    dpm_solver,
+    noise_for,
+    sample_in_batches,
+    sample_student,
+    sample_teacher,
+)
 
 SOLVER_STEPS = 10  # of DPM-Solver++, about as good as 50 of DDIM
 
@@ -75,13 +84,20 @@ class Scorer:
         rows = [self.teacher(teacher, search, g) for g in settings.eval_guidances]
         return rows, search, min(rows, key=lambda r: r["fd"])["guidance"]
 
-    def student(self, student, steps, name="ADD student"):
-        """A row of a student."""
+    def sampled(self, sample, steps, name):
+        """A row of sample(noise, labels, steps, generator=…), which evaluates a network once a
+        step."""
+        seed = self.settings.seed + 6
 
         def draw():
-            return sample_student(student, self.noise, self.labels, steps, self.settings.seed + 6)
+            with torch.no_grad():
+                return sample_in_batches(sample, self.noise, self.labels, steps, seed)
 
         return self._row(name, steps, 1.0, steps, draw)
+
+    def student(self, student, steps, name="ADD student"):
+        """A row of a student."""
+        return self.sampled(student.sample, steps, name)
 
 
 def evaluate(data, settings, metric_net, teacher, started, student, device, fid=None):

@@ -68,10 +68,14 @@ def sample_teacher(teacher, noise, labels, steps, guidance=1.0, sampler=ddim):
     return torch.cat(images)
 
 
-def sample_student(student, noise, labels, steps, seed):
-    """Images (N, C, H, W) in the range of decode from unit noise; seed is of the fresh noise
-    between steps."""
+def sample_in_batches(sample, noise, labels, steps, seed):
+    """Images (N, C, H, W) from unit noise by sample(noise, labels, steps, generator=…); seed is of
+    the fresh noise between steps."""
     generator = torch.Generator(noise.device).manual_seed(seed)
     batches = zip(noise.split(BATCH), labels.split(BATCH), strict=True)
-    images = [student.sample(z, y, steps, generator=generator) for z, y in batches]
-    return torch.cat(images)
+    return torch.cat([sample(z, y, steps, generator=generator) for z, y in batches])
+
+
+def sample_student(student, noise, labels, steps, seed):
+    """Images (N, C, H, W) in the range of decode from unit noise; seed as in sample_in_batches."""
+    return sample_in_batches(student.sample, noise, labels, steps, seed)

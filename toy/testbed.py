@@ -2,25 +2,30 @@
 once; cells, each one training's figures in a small file; means and spreads of seeds.
 """
 
+import argparse
 import dataclasses
 import json
 import math
 import shutil
 import statistics
+import sys
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from add import Student
 from common import timing
-from common.checkpoints import write_text
+from common.checkpoints import CheckpointError, Stopped, one_line, stop_on_signals, write_text
 from toy import data as datasets
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import TeacherEncoder, make_features
-from toy.loop import Stage
+from toy.loop import Stage, TrainingError
 from toy.metrics import train_metric_net
 from toy.report import commit
-from toy.settings import stage_key
+from toy.run import pick_device, resolve, set_threads
+from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
 STEPS = (1, 4)  # at which a student is scored
@@ -55,9 +60,9 @@ class Testbed:
         """The frozen Denoiser of these settings."""
         return make_teacher(self.stage("teacher", settings))[0]
 
-    def add(self, **changes):
-        """(figures of the student at STEPS, seconds of training, stage) of an ADD training whose
-        settings differ from the testbed's by the changes."""
+    def add(self, counts=STEPS, **changes):
+        """(figures of the student at these numbers of steps, seconds of training, stage) of an ADD
+        training whose settings differ from the testbed's by the changes."""
         settings = dataclasses.replace(self.settings, **changes)
         teacher, other = self.teacher(settings), settings.for_second_teacher
         second = self.teacher(other) if other else None
@@ -67,7 +72,7 @@ class Testbed:
         student, seconds = distil(stage, teacher, features, second)
         # A student of one timestep is sampled at the others, too.
         student = Student(student.denoiser, self.settings.distil_timesteps)
-        return [self.scorer.student(student, k) for k in STEPS], seconds, stage
+        return [self.scorer.student(student, k) for k in counts], seconds, stage
 
     def of_the_teacher(self):
         """The teacher's row at most steps and best guidance."""
@@ -100,11 +105,11 @@ class Cells:
             cell = json.loads(path.read_text())
             fits = cell["settings"] == stored_settings(settings)
             fits &= fingerprint in (None, cell["data"])
-            return cell if fits and cell["rows"] else None
+            return cell if fits and isinstance(cell["rows"], list) else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no cell of this version; remove it") from error
 
-    def write(self, row, settings, bed, rows, seconds):
+    def write(self, row, settings, bed, rows, seconds, **more):
         """Keep a cell: the rows are a Scorer's."""
         cell = {
             "row": row,
@@ -116,7 +121,7 @@ class Cells:
             "rows": rows,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path(row, settings.seed), json.dumps(cell, indent=1) + "\n")
+        write_text(self._path(row, settings.seed), json.dumps(cell | more, indent=1) + "\n")
 
 
 def stored_settings(settings):
@@ -141,6 +146,14 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def show(values, digits=2):
+    """Mean ± standard deviation of {seed: figure}, as a table's cell."""
+    if not values:
+        return ""
+    mean, spread = mean_and_spread(list(values.values()))
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
+
+
 def verdict(better, worse):
     """ "holds" if `better` is below `worse` by more than noise, "does not hold" if it is above by
     more than that, "within noise" in between, "too few seeds" if they share less than two.
@@ -156,3 +169,101 @@ def verdict(better, worse):
     if abs(statistics.mean(ratios)) <= noise:
         return "within noise"
     return "holds" if statistics.mean(ratios) > 0 else "does not hold"
+
+
+def sources(cells):
+    """(commits, machines) of some cells, each one string."""
+    found = ({cell[name] for cell in cells} for name in ("commit", "machine"))
+    return tuple(", ".join(sorted(names)) for names in found)
+
+
+# The command lines ================================================================================
+
+
+def numbers(text):
+    """0,1,2 → [0, 1, 2]."""
+    values = [int(n) for n in text.split(",")]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: seeds start at 0")
+    return values
+
+
+def make_parser(prog, description, seeds, only):
+    """The flags that both programs have; `seeds` is the default, as it is typed, and `only` says
+    what --only takes."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = ("glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+    parser.add_argument("--dataset", choices=kinds, default="glyphs", help="default: glyphs")
+    parser.add_argument("--data-dir", default="data", help="as of toy/run.py (default: data)")
+    parser.add_argument(
+        "--seeds", type=numbers, default=numbers(seeds), metavar="N,…", help=f"default: {seeds}"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="NAME,…", help=only
+    )
+    parser.add_argument(
+        "--budget", type=int, default=0, help="ADD iterations of a cell (default: a third)"
+    )
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="cpu", help="of all else (default: cpu)"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="as of toy/run.py")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/testbed"), help="for networks (runs/testbed)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="for tables and cells (results)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_program(prog, arguments, work):
+    """Call work(device), which returns a page's path, and print it. Returns the exit code, as of
+    toy/run.py."""
+    stop_on_signals()
+    try:
+        if arguments.budget < 0:
+            raise ValueError(f"--budget {arguments.budget}: must be at least 1")
+        set_threads(arguments.threads)
+        torch.backends.cudnn.benchmark = True  # as toy/run.py has it
+        page = work(pick_device(arguments.device))
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}; the same command goes on", file=sys.stderr)
+        return stopped.code
+    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
+        if arguments.debug:
+            raise
+        print(f"{prog}: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+def base_settings(arguments, seed, device):
+    """The default run at a cell's budget."""
+    usual = Settings(**PRESETS[arguments.preset])
+    budget = arguments.budget or usual.distil_steps // 3
+    settings = dataclasses.replace(
+        usual,
+        dataset=arguments.dataset,
+        data_dir=arguments.data_dir,
+        limit=arguments.limit or usual.limit,
+        seed=seed,
+        distil_steps=budget,
+        # The average's memory is the same share of the training.
+        distil_ema=max(1, usual.distil_ema * budget // usual.distil_steps),
+    )
+    return resolve(settings, arguments.dataset, device)
+
+
+def of_seed(base, seed):
+    """The same settings for another seed."""
+    return dataclasses.replace(base, seed=seed)

@@ -1,0 +1,410 @@
+"""The paper's Table 2 and Figure 7 at toy scale: ADD, other ways to few steps, and the teacher's
+fast samplers, on one teacher a seed: python toy/compare.py --dataset glyphs
+
+Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as fit
+into the seconds that ADD trained for with that seed. Its learning rate is the best of three, by the
+distance at its fewest steps on seed 0. What the table shows are other seeds.
+
+A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
+same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
+.png, and the files beside them. Once --seeds 0 has found the learning rates, two seeds can be run
+at once: --seeds 1 in one terminal, --seeds 2 in another.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
+
+import dataclasses
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from add import ddim
+from common import timing
+from common.checkpoints import write_text
+from toy.loop import TrainingError, run_loop
+from toy.rivals.consistency import Consistency
+from toy.rivals.dmd2 import DMD2
+from toy.rivals.pairs import SHARE, draw_pairs
+from toy.rivals.progressive import Progressive
+from toy.rivals.reflow import Reflow
+from toy.rivals.regression import Regression
+from toy.rivals.ufogen import UFOGen
+from toy.samplers import dpm_solver
+from toy.testbed import (
+    FIGURES,
+    Cells,
+    Testbed,
+    base_settings,
+    clean,
+    make_parser,
+    of_seed,
+    run_program,
+    show,
+    sources,
+    verdict,
+)
+
+TUNING_SEED = 0
+SAMPLERS = {"DDIM": ddim, "DPM-Solver++(2M)": dpm_solver}  # of the teacher
+TEACHER_STEPS = (50, 25, 8, 4, 1)
+TRIAL_STEPS, WARM_UP = 12, 2  # of each phase, for a rival's pace; and how many are not counted
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a student: a rival, or ADD with changed settings."""
+
+    name: str  # of its files, and for --only
+    title: str
+    steps: tuple
+    rates: tuple  # learning rates to choose from; none: the preset's
+    rival: type | None = None
+    settings: dict = field(default_factory=dict)
+
+
+def of_rival(name, rival):
+    """The Method of a subclass of toy.rivals.training.Training."""
+    return Method(name, rival.TITLE, rival.STEPS, rival.LEARNING_RATES, rival)
+
+
+ADD = Method("add", "ADD", (1, 2, 4), ())
+METHODS = {
+    method.name: method
+    for method in (
+        ADD,
+        # In the place of StyleGAN-T++: ADD's discriminator, and no diffusion model to start from.
+        Method(
+            "adversarial",
+            "adversarial only, random start",
+            (1,),
+            (1e-4, 3e-4, 1e-3),
+            settings=dict(distil_lambda=0.0, distil_init="random"),
+        ),
+        of_rival("consistency", Consistency),
+        of_rival("dmd2", DMD2),
+        of_rival("progressive", Progressive),
+        of_rival("reflow", Reflow),
+        of_rival("regression", Regression),
+        of_rival("ufogen", UFOGen),
+    )
+}
+
+
+def wanted_methods(only):
+    """ADD, and the methods of these names, or all. ValueError for an unknown one."""
+    for name in only:
+        if name not in METHODS:
+            raise ValueError(f"--only {name}: no such method; choose from {', '.join(METHODS)}")
+    return [m for m in METHODS.values() if not only or m is ADD or m.name in only]
+
+
+# Training =========================================================================================
+
+
+def seconds_per_step(training, device, clock=time.perf_counter):
+    """The mean over a training of TRIAL_STEPS a phase, without the first WARM_UP of each."""
+    seconds = []
+    for i in range(TRIAL_STEPS * training.PHASES):
+        timing.synchronize(device)
+        began = clock()
+        training.step(i)
+        timing.synchronize(device)
+        if i % TRIAL_STEPS >= WARM_UP:
+            seconds.append(clock() - began)
+    return sum(seconds) / len(seconds)
+
+
+def train_rival(rival, stage, teacher, lr, guidance, seconds, clock=time.perf_counter):
+    """(the finished training, seconds that it took, its number of steps). It takes as many steps as
+    fit into the seconds; their pace is measured before, on a copy that is thrown away."""
+    clean(stage)  # an unfinished training had another number of steps
+    began, more = clock(), {}
+    if rival.PAIRS:
+        more["pairs"] = draw_pairs(stage, teacher, guidance, SHARE * seconds, clock)
+    spent = clock() - began
+    trial_steps = TRIAL_STEPS * rival.PHASES
+    trial = rival(stage, teacher, lr, trial_steps, guidance, **more)
+    pace = seconds_per_step(trial, stage.device, clock)
+    del trial  # a GPU's memory need not hold two
+    steps = max(rival.PHASES, round((seconds - spent) / pace))
+    training = rival(stage, teacher, lr, steps, guidance, **more)
+    spent += run_loop(stage, rival.TITLE, training.parts, training.step, steps)
+    training.finish()
+    return training, spent, steps
+
+
+# Cells: one training of one method, learning rate and seed ========================================
+
+
+def settings_of(method, lr, base):
+    """The settings of a method's cell. A rival has its own learning rate in the cell's name."""
+    changes = {} if method.rival else method.settings | {"distil_student_lr": lr}
+    return dataclasses.replace(base, **changes)
+
+
+def cell_name(method, lr):
+    """dmd2-0.0001"""
+    return f"{method.name}-{lr:g}"
+
+
+def rates_of(method, base):
+    """The learning rates that a method is tuned over."""
+    return method.rates or (base.distil_student_lr,)
+
+
+def find(cells, method, lr, base, fingerprint=None):
+    """The stored cell of exactly these settings, and of data with that fingerprint, or None."""
+    return cells.read(cell_name(method, lr), settings_of(method, lr, base), fingerprint)
+
+
+def best_rate(cells, method, base):
+    """The learning rate with the least distance at the fewest steps on TUNING_SEED; None if no
+    training came to its end."""
+    rates = rates_of(method, base)
+    if len(rates) == 1:
+        return rates[0]
+    tuning, distances = of_seed(base, TUNING_SEED), {}
+    for lr in rates:
+        cell = find(cells, method, lr, tuning)
+        if cell and cell["rows"]:
+            distances[lr] = min(cell["rows"], key=lambda row: row["steps"])["fd"]
+    return min(distances, key=distances.get) if distances else None
+
+
+def score_teacher(cells, bed):
+    """Measure the teacher's samplers, unless there is their cell."""
+    base = bed.settings
+    if cells.read("teacher", base, bed.data.fingerprint):
+        return
+    print(f"teacher, seed {base.seed}", flush=True)
+    teacher, scorer = bed.teacher(base), bed.scorer
+    guidance = scorer.guided(teacher)[2]
+    rows = [
+        scorer.teacher(teacher, steps, guidance, name, sampler)
+        for name, sampler in SAMPLERS.items()
+        for steps in TEACHER_STEPS
+    ]
+    cells.write("teacher", base, bed, rows, 0)
+
+
+def run_cell(cells, bed, method, lr):
+    """Train, score and keep one. A training that stops at infinite numbers leaves a cell without
+    rows, which says why."""
+    base = bed.settings
+    print(f"{method.title}, learning rate {lr:g}, seed {base.seed}", flush=True)
+    settings, more = settings_of(method, lr, base), {"learning_rate": lr}
+    stage = bed.stage("distil", base)
+    stage = dataclasses.replace(stage, folder=bed.folder / cell_name(method, lr))
+    try:
+        if method.rival:
+            guidance = cells.read("teacher", base)["rows"][0]["guidance"]
+            budget = find(cells, ADD, base.distil_student_lr, base)["seconds"]
+            teacher = bed.teacher(base)
+            training, seconds, steps = train_rival(
+                method.rival, stage, teacher, lr, guidance, budget
+            )
+            rows = [bed.scorer.sampled(training.sample, k, method.title) for k in method.steps]
+            if method.rival.PAIRS:
+                more["pairs"] = len(training.pairs.noise)
+        else:
+            changes, steps = method.settings | {"distil_student_lr": lr}, settings.distil_steps
+            rows, seconds, stage = bed.add(method.steps, **changes)
+        more["steps"] = steps
+    except TrainingError as error:
+        if method is ADD:  # whose seconds all others need
+            raise
+        print(f"  {error}", flush=True)
+        rows, seconds, more["error"] = [], 0, str(error)
+    cells.write(cell_name(method, lr), settings, bed, rows, seconds, **more)
+    clean(stage)
+
+
+def run_cells(arguments, cells, device):
+    """Every missing cell: the learning rates on TUNING_SEED, then the best one on each seed."""
+    for seed in dict.fromkeys([TUNING_SEED, *arguments.seeds]):
+        base = base_settings(arguments, seed, device)
+        bed = Testbed(arguments.work, base, device)
+        score_teacher(cells, bed)
+        for method in arguments.methods:
+            rates = rates_of(method, base)
+            if seed != TUNING_SEED:
+                rates = [lr for lr in (best_rate(cells, method, base),) if lr is not None]
+            for lr in rates:
+                if find(cells, method, lr, base, bed.data.fingerprint) is None:
+                    run_cell(cells, bed, method, lr)
+
+
+# The page =========================================================================================
+
+
+@dataclass
+class Line:
+    """A line of the table; figures and minutes are by seed."""
+
+    method: str
+    steps: int
+    figures: dict  # of FIGURES, and milliseconds; distances are multiples of the teacher's in 50
+    minutes: dict
+    lr: float | None
+
+
+def lines_of(cells, methods, base, seeds):
+    """[Line] of whatever cells there are, in the order of the methods' names."""
+    lines, bases = [], [of_seed(base, seed) for seed in seeds]
+    found = {b.seed: cells.read("teacher", b) for b in bases}
+    teachers = {seed: cell["rows"] for seed, cell in found.items() if cell}
+
+    def add(name, steps, rows, minutes, lr):
+        """rows: {seed: row}."""
+        figures = {f: {seed: row[f] for seed, row in rows.items()} for f in FIGURES}
+        figures["fd"] = {seed: row["fd"] / teachers[seed][0]["fd"] for seed, row in rows.items()}
+        figures["milliseconds"] = {
+            seed: 1000 / row["images_per_second"] for seed, row in rows.items()
+        }
+        lines.append(Line(name, steps, figures, minutes, lr))
+
+    if teachers:
+        for row in next(iter(teachers.values())):
+            same = ("name", "steps")
+            rows = {
+                seed: next(r for r in found if all(r[k] == row[k] for k in same))
+                for seed, found in teachers.items()
+            }
+            add(f"teacher, {row['name']}", row["steps"], rows, {}, None)
+    for method in methods:
+        lr = best_rate(cells, method, base)
+        found = {b.seed: lr and find(cells, method, lr, b) for b in bases if b.seed in teachers}
+        found = {seed: cell for seed, cell in found.items() if cell and cell["rows"]}
+        for steps in method.steps if found else ():
+            rows = {
+                seed: next(row for row in cell["rows"] if row["steps"] == steps)
+                for seed, cell in found.items()
+            }
+            minutes = {seed: cell["seconds"] / 60 for seed, cell in found.items()}
+            add(method.title, steps, rows, minutes, lr)
+    return sorted(lines, key=lambda line: (line.method.lower(), -line.steps))
+
+
+def mean(values):
+    """Of {seed: figure}."""
+    return statistics.mean(values.values())
+
+
+def one_step(lines):
+    """The lines of one step, the least distance first."""
+    lines = [line for line in lines if line.steps == 1]
+    return sorted(lines, key=lambda line: mean(line.figures["fd"]))
+
+
+def conclusion(lines):
+    """A sentence: who is best in one step, and how ADD compares."""
+    first, *others = one_step(lines)
+    if first.method == ADD.title:
+        words, other = "is best: no rival wins", others[0] if others else None
+    else:
+        words = "wins over ADD"
+        other = next((line for line in others if line.method == ADD.title), None)
+    text = f"In one step {first.method} {words}"
+    if other is None:
+        return f"{text} ({show(first.figures['fd'])})."
+    better, worse = first.figures["fd"], other.figures["fd"]
+    noise = {
+        "holds": "The difference is more than noise.",
+        "within noise": "The difference is within noise.",
+        "too few seeds": "One seed cannot tell whether that is noise.",
+    }
+    distances = f"{show(better)}; {other.method} {show(worse)}"
+    return f"{text} ({distances}). {noise[verdict(better, worse)]}"
+
+
+def table(lines):
+    """Lines of the Markdown table. The best row of one step is bold."""
+    head = ["", "steps", "ms an image", "distance, ×", "precision", "recall", "accuracy"]
+    head += ["training, minutes", "learning rate"]
+    best, rows = one_step(lines)[0], []
+    for line in lines:
+        figures = [show(line.figures[f]) for f in FIGURES]
+        lr = "" if line.lr is None else f"{line.lr:g}"
+        milliseconds = show(line.figures["milliseconds"], 3)
+        row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
+        rows.append([f"**{cell}**" if line is best and cell != "" else cell for cell in row])
+    return timing.table(head, rows)
+
+
+def draw(path, lines):
+    """Distance over milliseconds an image, a line and a marker for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(line.method for line in lines)):
+        mine = [line for line in lines if line.method == name]
+        x, y = ([mean(line.figures[f]) for line in mine] for f in ("milliseconds", "fd"))
+        axes.plot(x, y, marker="osD^vPX*<>"[i % 10], color=f"C{i % 10}", linewidth=1, label=name)
+        for line, *where in zip(mine, x, y, strict=True):
+            offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(str(line.steps), where, **offset)
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds an image (numbers: steps)")
+    axes.set_ylabel(f"Fréchet distance, × the teacher's in {TEACHER_STEPS[0]} steps")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_page(out, cells, methods, base, seeds, command):
+    """OUT.md and OUT.png from whatever cells there are."""
+    lines, all_of = lines_of(cells, methods, base, seeds), [of_seed(base, s) for s in seeds]
+    read = [find(cells, m, best_rate(cells, m, b) or 0, b) for m in methods for b in all_of]
+    commits, machines = sources(filter(None, read))
+    failed = [m.title for m in methods if best_rate(cells, m, base) is None]
+    page = [
+        f"# Table 2 on {base.dataset}",
+        "",
+        f"`{command}` · {base.distil_steps} ADD iterations · {machines} · commit {commits}",
+        "",
+        "All methods have the same teacher, data, batch and size of network, and train for the "
+        "seconds that ADD takes. Pairs that a method draws from the teacher count. Each "
+        f"method's learning rate is the best of its own few on seed {TUNING_SEED}; ADD has its "
+        f"preset's. Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
+        f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",
+        "",
+        conclusion(lines),
+        *([f"No training of {', '.join(failed)} came to its end."] if failed else []),
+        "",
+        *table(lines),
+        "",
+        f"![distance over time an image]({out.name}.png)",
+        "",
+    ]
+    write_text(out.with_suffix(".md"), "\n".join(page))
+    draw(out.with_suffix(".png"), lines)
+
+
+def main(argv=None):
+    """Exit codes as of toy/run.py."""
+    only = f"methods ({', '.join(METHODS)}); ADD is always among them"
+    arguments = make_parser("toy/compare.py", __doc__, "1,2,3", only).parse_args(argv)
+    command = " ".join(["python toy/compare.py", *(sys.argv[1:] if argv is None else argv)])
+
+    def work(device):
+        arguments.methods = wanted_methods(arguments.only)
+        out = arguments.out / f"compare-{arguments.dataset}"
+        cells = Cells(out)
+        run_cells(arguments, cells, device)
+        base = base_settings(arguments, arguments.seeds[0], device)
+        write_page(out, cells, arguments.methods, base, arguments.seeds, command)
+        return out.with_suffix(".md")
+
+    return run_program("toy/compare.py", arguments, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Distribution matching distillation with its GAN term (DMD2: Yin et al. 2024, arXiv 2405.14867;
+the gradient is DMD's, arXiv 2311.18828, Eq. 7 and 8).
+
+Generated images are diffused. Two networks estimate where they came from: the teacher as if they
+were real, and a fake-score network, trained on generated images, as what they are. The generator
+follows the difference. A logit head on the fake-score network's encoder tells diffused real images
+from diffused generated ones.
+
+On ImageNet the paper moves the fake-score network 5 times an update of the generator. Here it is
+twice, which gives the generator about twice as many updates in the same time. Both GAN weights are
+the paper's on ImageNet.
+"""
+
+import torch
+
+from add import Denoiser, randn_like
+from toy.rivals.training import (
+    EncoderDiscriminator,
+    Training,
+    discriminator_loss,
+    generator_loss,
+)
+from toy.teacher import training_target
+
+FAKE_UPDATES = 2  # of the fake-score network, for each of the generator
+GENERATOR_GAN, FAKE_GAN = 3e-3, 1e-2  # weights of the GAN term in either loss
+LOW, HIGH = 0.02, 0.98  # of T: the timesteps at which distributions are matched
+
+
+def matching_gradient(x_hat, real, fake):
+    """(x̂_fake - x̂_real) / mean |x̂ - x̂_real|, the mean over each image; all (B, C, H, W)."""
+    scale = (x_hat - real).abs().mean((1, 2, 3), keepdim=True)
+    return (fake - real) / scale.clamp(min=1e-6)
+
+
+class DMD2(Training):
+    """See the module. The generator's inputs and its sampling are ADD's."""
+
+    TITLE = "DMD2"
+    LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+    STEPS = (1, 4)
+    BETA1 = 0.0
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        teacher = self.teacher
+        self.critic = EncoderDiscriminator(teacher.network)
+        self.fake = Denoiser(
+            self.critic.network, self.schedule, teacher.prediction, clip=teacher.clip
+        )
+        optimizer = self.adam(self.critic.parameters(), self.steps)
+        self.move_generator = self.descent("generator", self.optimizer, self.generator_loss)
+        self.move_fake = self.descent("fake", optimizer, self.fake_loss)
+
+    def generate(self, x_0, labels):
+        """x̂_0 (B, C, H, W) from diffused images, or from pure noise at τ_n."""
+        s = self.student.draw_timesteps(len(x_0), self.device, self.generator)
+        x_s = self.student.diffuse(x_0, randn_like(x_0, self.generator), s)
+        return self.student(x_s, s, labels)
+
+    def draw_timesteps(self, n):
+        """(n,) timesteps t between LOW and HIGH."""
+        T = len(self.schedule)
+        return int(LOW * T) + self.uniform(int(HIGH * T) - int(LOW * T), n)
+
+    def generator_loss(self, images, labels):
+        """(a scalar,): the GAN's loss, plus one whose gradient with respect to x̂_0 is the matching
+        gradient over the number of elements."""
+        x_hat = self.generate(self.denoiser.encode(images), labels)
+        t = self.draw_timesteps(len(x_hat))
+        x_t = self.schedule.diffuse(x_hat, randn_like(x_hat, self.generator), t)
+        self.critic.requires_grad_(False)
+        with torch.no_grad():
+            real = self.of_teacher(x_t, t, labels)[0]
+            fake = self.fake(x_t, t, labels)
+            moved = x_hat - matching_gradient(x_hat, real, fake)
+        matching = (x_hat - moved).square().mean() / 2
+        adversarial = generator_loss(self.critic(x_t, t, labels))
+        self.critic.requires_grad_(True)
+        return (matching + GENERATOR_GAN * adversarial,)
+
+    def fake_loss(self, images, labels):
+        """(a scalar,): the loss of a diffusion model (the teacher's in its training) on generated
+        images, plus the GAN's."""
+        x_0 = self.denoiser.encode(images)
+        with torch.no_grad():
+            x_hat = self.generate(x_0, labels)
+        t, noise = self.draw_timesteps(len(x_0)), randn_like(x_0, self.generator)
+        x_t = self.schedule.diffuse(x_hat, noise, t)
+        target = training_target(x_hat, noise, *self.schedule.coefficients(t), self.fake.prediction)
+        denoising = (self.fake.network(x_t, t, labels) - target).square().mean()
+        real_t = self.schedule.diffuse(x_0, randn_like(x_0, self.generator), t)
+        logits = (self.critic(x, t, labels) for x in (real_t, x_t))
+        return (denoising + FAKE_GAN * discriminator_loss(*logits),)
+
+    def step(self, i):
+        """One iteration: the fake-score network's updates, then the generator's."""
+        for _ in range(FAKE_UPDATES):
+            other, _ = self.move_fake(*next(self.batches))
+        log, _ = self.move_generator(*next(self.batches))
+        self.after_step()
+        return log | other
