@@ -2,8 +2,8 @@
 fast samplers, on one teacher a seed: python toy/compare.py --dataset glyphs
 
 Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as fit
-into the seconds that ADD trained for with that seed. Its learning rate is the best of three, by the
-distance at its fewest steps on seed 0. What the table shows are other seeds.
+into the seconds that ADD trained for with that seed. Each method's learning rate, ADD's too, is the
+best of three, by the distance at its fewest steps on seed 0. What the table shows are other seeds.
 
 A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
 same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
@@ -62,7 +62,7 @@ class Method:
     name: str  # of its files, and for --only
     title: str
     steps: tuple
-    rates: tuple  # learning rates to choose from; none: the preset's
+    rates: tuple  # learning rates to choose from
     rival: type | None = None
     settings: dict = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ def of_rival(name, rival):
     return Method(name, rival.TITLE, rival.STEPS, rival.LEARNING_RATES, rival)
 
 
-ADD = Method("add", "ADD", (1, 2, 4), ())
+ADD = Method("add", "ADD", (1, 2, 4), (1e-4, 3e-4, 1e-3))
 METHODS = {
     method.name: method
     for method in (
@@ -152,11 +152,6 @@ def cell_name(method, lr):
     return f"{method.name}-{lr:g}"
 
 
-def rates_of(method, base):
-    """The learning rates that a method is tuned over."""
-    return method.rates or (base.distil_student_lr,)
-
-
 def find(cells, method, lr, base, fingerprint=None):
     """The stored cell of exactly these settings, and of data with that fingerprint, or None."""
     return cells.read(cell_name(method, lr), settings_of(method, lr, base), fingerprint)
@@ -165,11 +160,8 @@ def find(cells, method, lr, base, fingerprint=None):
 def best_rate(cells, method, base):
     """The learning rate with the least distance at the fewest steps on TUNING_SEED; None if no
     training came to its end."""
-    rates = rates_of(method, base)
-    if len(rates) == 1:
-        return rates[0]
     tuning, distances = of_seed(base, TUNING_SEED), {}
-    for lr in rates:
+    for lr in method.rates:
         cell = find(cells, method, lr, tuning)
         if cell and cell["rows"]:
             distances[lr] = min(cell["rows"], key=lambda row: row["steps"])["fd"]
@@ -192,6 +184,19 @@ def score_teacher(cells, bed):
     cells.write("teacher", base, bed, rows, 0)
 
 
+def seconds_of_add(cells, base):
+    """How long ADD trained with this seed, at its best learning rate. TrainingError if it did
+    not."""
+    lr = best_rate(cells, ADD, base)
+    cell = lr and find(cells, ADD, lr, base)
+    if not cell or not cell["rows"]:
+        raise TrainingError(
+            f"ADD did not come to its end on seed {base.seed}, so that its rivals have no budget; "
+            f"remove {cells.folder}/add-* to try again, or change --budget"
+        )
+    return cell["seconds"]
+
+
 def run_cell(cells, bed, method, lr):
     """Train, score and keep one. A training that stops at infinite numbers leaves a cell without
     rows, which says why."""
@@ -200,10 +205,10 @@ def run_cell(cells, bed, method, lr):
     settings, more = settings_of(method, lr, base), {"learning_rate": lr}
     stage = bed.stage("distil", base)
     stage = dataclasses.replace(stage, folder=bed.folder / cell_name(method, lr))
+    budget = seconds_of_add(cells, base) if method.rival else None
     try:
         if method.rival:
             guidance = cells.read("teacher", base)["rows"][0]["guidance"]
-            budget = find(cells, ADD, base.distil_student_lr, base)["seconds"]
             teacher = bed.teacher(base)
             training, seconds, steps = train_rival(
                 method.rival, stage, teacher, lr, guidance, budget
@@ -216,8 +221,6 @@ def run_cell(cells, bed, method, lr):
             rows, seconds, stage = bed.add(method.steps, **changes)
         more["steps"] = steps
     except TrainingError as error:
-        if method is ADD:  # whose seconds all others need
-            raise
         print(f"  {error}", flush=True)
         rows, seconds, more["error"] = [], 0, str(error)
     cells.write(cell_name(method, lr), settings, bed, rows, seconds, **more)
@@ -231,7 +234,7 @@ def run_cells(arguments, cells, device):
         bed = Testbed(arguments.work, base, device)
         score_teacher(cells, bed)
         for method in arguments.methods:
-            rates = rates_of(method, base)
+            rates = method.rates
             if seed != TUNING_SEED:
                 rates = [lr for lr in (best_rate(cells, method, base),) if lr is not None]
             for lr in rates:
@@ -371,8 +374,8 @@ def write_page(out, cells, methods, base, seeds, command):
         "",
         "All methods have the same teacher, data, batch and size of network, and train for the "
         "seconds that ADD takes. Pairs that a method draws from the teacher count. Each "
-        f"method's learning rate is the best of its own few on seed {TUNING_SEED}; ADD has its "
-        f"preset's. Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"method's learning rate is the best of its own three on seed {TUNING_SEED}. "
+        f"Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
         f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",
         "",

@@ -37,7 +37,7 @@ class DMD2(Training):
     """See the module. The generator's inputs and its sampling are ADD's."""
 
     TITLE = "DMD2"
-    LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+    LEARNING_RATES = (1e-4, 3e-4, 1e-3)
     STEPS = (1, 4)
     BETA1 = 0.0
 

@@ -29,7 +29,7 @@ class UFOGen(Training):
     """See the module. In several steps it samples as add.Student does."""
 
     TITLE = "UFOGen"
-    LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+    LEARNING_RATES = (1e-4, 3e-4, 1e-3)
     STEPS = (1, 4)
     BETA1 = 0.0
 
