@@ -140,7 +140,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(
 def test_a_small_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(tmp_path):
     """The metric network and F fit on it, the teacher does not."""
     folder = tmp_path / "disk"
-    flags = [*TINY, "--features", "classifier", "--out", str(folder / "run")]
+    flags = [*TINY, "--features", "denoiser", "--out", str(folder / "run")]
     command = shlex.join([sys.executable, "toy/run.py", *flags])
     first, there, second = on_a_small_disk(folder, "2900k", command, "--resume")
     assert first[0] == 2
