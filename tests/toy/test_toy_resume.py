@@ -142,7 +142,7 @@ def test_a_small_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(tm
     folder = tmp_path / "disk"
     flags = [*TINY, "--features", "denoiser", "--out", str(folder / "run")]
     command = shlex.join([sys.executable, "toy/run.py", *flags])
-    first, there, second = on_a_small_disk(folder, "2900k", command, "--resume")
+    first, there, second = on_a_small_disk(folder, "5000k", command, "--resume")
     assert first[0] == 2
     assert first[1].splitlines()[-1] == (
         f"toy/run.py: {folder}/run/teacher/checkpoint.pt: cannot be written: the disk is full; "
