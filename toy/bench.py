@@ -30,7 +30,7 @@ from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import Stage
 from toy.networks import has_bf16
-from toy.run import pick_device
+from toy.run import pick_device, set_threads
 from toy.samplers import sample_student, sample_teacher
 from toy.settings import PRESETS, Settings
 from toy.teacher import Standardize, make_denoiser
@@ -384,8 +384,7 @@ def main(argv=None):
     try:
         if arguments.repeats < 1:
             raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
+        set_threads(arguments.threads)
         device = pick_device(arguments.device)
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})

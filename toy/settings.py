@@ -262,7 +262,7 @@ PRESETS = {
         distil_ema=40_000,
         eval_images=2000,
     ),
-    # For CIFAR-10 on two CPU cores, in about three hours.
+    # For CIFAR-10 on two CPU cores; how long it takes there has not been measured.
     "cifar-cpu": dict(
         flip="true",
         metric_steps=8000,

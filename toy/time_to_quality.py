@@ -29,7 +29,7 @@ from toy.distil import prepare
 from toy.features import TRAINED, TeacherEncoder, make_features
 from toy.loop import Stage, TrainingError
 from toy.metrics import embed, frechet_distance, train_metric_net
-from toy.run import pick_device
+from toy.run import pick_device, set_threads
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
 from toy.settings import Settings, stage_key
 from toy.teacher import make_teacher
@@ -167,8 +167,7 @@ def main(argv=None):
             raise ValueError(f"--{flag}: the run's own; only --distil… can be changed here")
         if arguments.every < 1:
             raise ValueError(f"--every {arguments.every}: must be at least 1")
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
+        set_threads(arguments.threads)
         if not (arguments.run / "teacher" / "checkpoint.pt").exists():
             raise ValueError(f"--run {arguments.run}: no teacher there; toy/run.py trains one")
         device = pick_device(arguments.device)
