@@ -22,7 +22,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
 from common import timing
-from common.checkpoints import one_line
 from common.meter import least_seconds, measure
 from toy.data import Dataset, to_float
 from toy.distil import make_batch, prepare
@@ -30,7 +29,7 @@ from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import Stage
 from toy.networks import has_bf16
-from toy.run import pick_device, set_threads
+from toy.run import exit_code, pick_device, set_threads
 from toy.samplers import sample_student, sample_teacher
 from toy.settings import PRESETS, Settings
 from toy.teacher import Standardize, make_denoiser
@@ -379,9 +378,11 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Exit codes: 0 done, 2 a user's mistake (one line says which)."""
+    """Exit codes as of toy/run.py."""
     arguments = parse_arguments(argv)
-    try:
+    command = " ".join(["python toy/bench.py", *(sys.argv[1:] if argv is None else argv)])
+
+    def work():
         if arguments.repeats < 1:
             raise ValueError(f"--repeats {arguments.repeats}: must be at least 1")
         set_threads(arguments.threads)
@@ -389,7 +390,6 @@ def main(argv=None):
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)
-        command = " ".join(["python toy/bench.py", *(sys.argv[1:] if argv is None else argv)])
         lines = [f"`{command}`, {timing.machine(device)}, {precision}."]
         lines += ["Medians and quartiles.", ""]
         stored = {"command": command, "machine": timing.machine(device), "precision": precision}
@@ -399,10 +399,8 @@ def main(argv=None):
             lines += [f"**{section.__doc__.split(chr(10))[0]}**", "", *rows, ""]
             print("\n".join(lines[-len(rows) - 3 :]), flush=True)
             timing.keep(arguments.out, stored, lines)  # what is measured is not lost
-    except (ValueError, OSError) as error:
-        print(f"toy/bench.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code("toy/bench.py", work, again="what was measured is kept")
 
 
 if __name__ == "__main__":

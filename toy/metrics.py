@@ -17,7 +17,11 @@ from toy.loop import GeneratorState, descend, run_loop
 from toy.networks import MetricNet
 
 NEIGHBOURS = 5  # k of the k-NN precision and recall
-GROUPS, STUDENT_T = 10, 2.262  # of the jackknife; 95 % of a t distribution of 9 degrees of freedom
+GROUPS = 10  # of the jackknife
+# 97.5 % quantiles of Student's t distribution, by degrees of freedom.
+STUDENT_T = dict(
+    enumerate((12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), start=1)
+)
 
 
 def train_metric_net(stage):
@@ -101,7 +105,7 @@ def margin(figure, x):
     """
     parts = x.tensor_split(GROUPS)  # in a row, so that all classes stay equally frequent
     without = [figure(torch.cat([*parts[:i], *parts[i + 1 :]])) for i in range(GROUPS)]
-    return STUDENT_T * (GROUPS - 1) / math.sqrt(GROUPS) * statistics.stdev(without)
+    return STUDENT_T[GROUPS - 1] * (GROUPS - 1) / math.sqrt(GROUPS) * statistics.stdev(without)
 
 
 def measure(network, images, labels, real_features, device):

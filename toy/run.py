@@ -233,32 +233,41 @@ def run(arguments, given):
     return folder, results, preset
 
 
-def main(argv=None):
-    """Exit codes: 0 done, 2 it cannot be done (one line says why), 130 stopped by Ctrl-C, 143 by
-    SIGTERM, 142 by --max-minutes, after saving (a second one: at once)."""
-    arguments, given = parse_arguments(argv)
+def exit_code(program, work, debug=False, again="the same command goes on"):
+    """Of work(), which is called here: 0 done, 2 it cannot be done (one line says why), 130 stopped
+    by Ctrl-C, 143 by SIGTERM, 142 by --max-minutes, after saving (a second one: at once)."""
     stop_on_signals()
     try:
+        work()
+    except Stopped as stopped:
+        print(f"\nstopped by {stopped}; {again}", file=sys.stderr)
+        return stopped.code
+    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
+        if debug:
+            raise
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return 0
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    arguments, given = parse_arguments(argv)
+
+    def work():
         if not 0 <= arguments.max_minutes < 1e6:
             raise ValueError(f"--max-minutes {arguments.max_minutes:g}: must be 0 to a million")
         signal.setitimer(signal.ITIMER_REAL, 60 * arguments.max_minutes)
         folder, results, preset = run(arguments, given)
-    except Stopped as stopped:
-        later = "the same command with --resume goes on from the last checkpoint"
-        print(f"\nstopped by {stopped}; {later}", file=sys.stderr)
-        return stopped.code
-    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
-        if arguments.debug:
-            raise
-        print(f"toy/run.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    print("\n".join(["", *report.table(results), ""]))
-    for what, value, goal, met in report.goals(results, preset):
-        print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")
-    print(f"\nreport and pictures: {folder / 'report.md'}")
-    return 0
+        print("\n".join(["", *report.table(results), ""]))
+        for what, value, goal, met in report.goals(results, preset):
+            print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")
+        print(f"\nreport and pictures: {folder / 'report.md'}")
+
+    again = "the same command with --resume goes on from the last checkpoint"
+    return exit_code("toy/run.py", work, arguments.debug, again)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What ablate.py and compare.py share: the data, metric network and teachers of a seed, trained
-once; cells, each one training's figures in a small file; means and spreads of seeds.
+"""What ablate.py, compare.py and time_to_quality.py share: the data, metric network and teachers of
+a seed, trained once; cells, each one training's figures in a small file; means and spreads of
+seeds.
 """
 
 import argparse
@@ -8,7 +9,6 @@ import json
 import math
 import shutil
 import statistics
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -16,15 +16,15 @@ import torch
 
 from add import Student
 from common import timing
-from common.checkpoints import CheckpointError, Stopped, one_line, stop_on_signals, write_text
+from common.checkpoints import write_text
 from toy import data as datasets
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import TeacherEncoder, make_features
-from toy.loop import Stage, TrainingError
-from toy.metrics import train_metric_net
+from toy.loop import Stage
+from toy.metrics import STUDENT_T, train_metric_net
 from toy.report import commit
-from toy.run import pick_device, resolve, set_threads
+from toy.run import exit_code, pick_device, resolve, set_threads
 from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
@@ -60,16 +60,20 @@ class Testbed:
         """The frozen Denoiser of these settings."""
         return make_teacher(self.stage("teacher", settings))[0]
 
+    def ingredients(self, settings):
+        """(stage, teacher, F, second teacher or None) of the ADD training of these settings."""
+        teacher, other = self.teacher(settings), settings.for_second_teacher
+        second = self.teacher(other) if other else None
+        features, _ = make_features(self.stage("features", settings))
+        features = features or TeacherEncoder(teacher, settings.seed)
+        return self.stage("distil", settings), teacher, features, second
+
     def add(self, counts=STEPS, **changes):
         """(figures of the student at these numbers of steps, seconds of training, stage) of an ADD
         training whose settings differ from the testbed's by the changes."""
         settings = dataclasses.replace(self.settings, **changes)
-        teacher, other = self.teacher(settings), settings.for_second_teacher
-        second = self.teacher(other) if other else None
-        features, _ = make_features(self.stage("features", settings))
-        stage = self.stage("distil", settings)
-        features = features or TeacherEncoder(teacher, settings.seed)
-        student, seconds = distil(stage, teacher, features, second)
+        stage, *ingredients = self.ingredients(settings)
+        student, seconds = distil(stage, *ingredients)
         # A student of one timestep is sampled at the others, too.
         student = Student(student.denoiser, self.settings.distil_timesteps)
         return [self.scorer.student(student, k) for k in counts], seconds, stage
@@ -137,9 +141,6 @@ def clean(stage):
 
 # Means, spreads, and when two means differ ========================================================
 
-# 97.5 % quantiles of Student's t, by degrees of freedom.
-STUDENT_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
-
 
 def mean_and_spread(values):
     """(mean, standard deviation) of some numbers; of one: (it, nan)."""
@@ -165,7 +166,7 @@ def verdict(better, worse):
     n = len(ratios)
     if n < 2:
         return "too few seeds"
-    noise = STUDENT_T.get(n - 1, 2.262) * statistics.stdev(ratios) / math.sqrt(n)
+    noise = STUDENT_T[min(n - 1, max(STUDENT_T))] * statistics.stdev(ratios) / math.sqrt(n)
     if abs(statistics.mean(ratios)) <= noise:
         return "within noise"
     return "holds" if statistics.mean(ratios) > 0 else "does not hold"
@@ -188,9 +189,9 @@ def numbers(text):
     return values
 
 
-def make_parser(prog, description, seeds, only):
-    """The flags that both programs have; `seeds` is the default, as it is typed, and `only` says
-    what --only takes."""
+def make_parser(prog, description, seeds, only="", share=3):
+    """The flags that the programs have; `seeds` is the default, as it is typed, `only` says what
+    --only takes (there is none without it), and 1/share of the default run is a cell's budget."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -203,12 +204,15 @@ def make_parser(prog, description, seeds, only):
     parser.add_argument(
         "--seeds", type=numbers, default=numbers(seeds), metavar="N,…", help=f"default: {seeds}"
     )
+    if only:
+        parser.add_argument(
+            "--only", type=lambda text: text.split(","), default=[], metavar="NAME,…", help=only
+        )
+    usual = "as many as toy/run.py" if share == 1 else f"1/{share} of toy/run.py's"
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[], metavar="NAME,…", help=only
+        "--budget", type=int, default=0, help=f"ADD iterations of a cell (default: {usual})"
     )
-    parser.add_argument(
-        "--budget", type=int, default=0, help="ADD iterations of a cell (default: a third)"
-    )
+    parser.set_defaults(share=share)
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="cpu", help="of all else (default: cpu)"
     )
@@ -225,32 +229,24 @@ def make_parser(prog, description, seeds, only):
     return parser
 
 
-def run_program(prog, arguments, work):
-    """Call work(device), which returns a page's path, and print it. Returns the exit code, as of
+def run_program(program, arguments, write_page):
+    """Print the path of the page that write_page(device) writes. Returns the exit code, as of
     toy/run.py."""
-    stop_on_signals()
-    try:
+
+    def work():
         if arguments.budget < 0:
             raise ValueError(f"--budget {arguments.budget}: must be at least 1")
         set_threads(arguments.threads)
         torch.backends.cudnn.benchmark = True  # as toy/run.py has it
-        page = work(pick_device(arguments.device))
-    except Stopped as stopped:
-        print(f"\nstopped by {stopped}; the same command goes on", file=sys.stderr)
-        return stopped.code
-    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
-        if arguments.debug:
-            raise
-        print(f"{prog}: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(page)
-    return 0
+        print(write_page(pick_device(arguments.device)))
+
+    return exit_code(program, work, arguments.debug)
 
 
 def base_settings(arguments, seed, device):
     """The default run at a cell's budget."""
     usual = Settings(**PRESETS[arguments.preset])
-    budget = arguments.budget or usual.distil_steps // 3
+    budget = arguments.budget or usual.distil_steps // arguments.share
     settings = dataclasses.replace(
         usual,
         dataset=arguments.dataset,

@@ -8,7 +8,7 @@ import torch
 
 from common import timing
 from common.meter import measure
-from toy import bench, time_to_quality
+from toy import bench
 from toy.distil import build_add, make_batch
 from toy.settings import PRESETS, Settings
 
@@ -117,28 +117,3 @@ def test_a_tiny_benchmark_writes_its_figures(tmp_path, capsys):
     assert "| ADD step |" in text and all(line in text for line in shown.splitlines())
     assert bench.main([*flags, "--repeats", "0"]) == 2
     assert "--repeats 0: must be at least 1" in capsys.readouterr().err
-
-
-def test_a_goal_is_passed_where_no_later_distance_is_above_it():
-    rows = [(1, 10.0, 9.0), (2, 20.0, 3.0), (3, 30.0, 5.0), (4, 40.0, 4.0), (5, 50.0, 2.0)]
-    assert time_to_quality.passed(rows, 4) == (4, 40.0)
-    assert time_to_quality.passed(rows, 9) == (1, 10.0)
-    assert time_to_quality.passed(rows, 1) is None
-
-
-def test_time_to_quality_of_a_finished_run(finished, tmp_path, capsys):
-    flags = ["--run", str(finished[0]), "--device", "cpu", "--out", str(tmp_path / "q")]
-    before = (finished[0] / "distil" / "checkpoint.pt").read_bytes()
-    assert time_to_quality.main([*flags, "--every", "2", "--distil-steps", "5"]) == 0
-    stored = json.loads((tmp_path / "q.json").read_text())
-    assert [row[0] for row in stored["rows"]] == [2, 4, 5]
-    assert set(stored["teacher"]) == {"8", "25", "50"} and (tmp_path / "q.png").exists()
-    assert "| 50 |" in (tmp_path / "q.md").read_text()
-    assert (finished[0] / "distil" / "checkpoint.pt").read_bytes() == before
-    for more, line in (
-        (["--teacher-steps", "3"], "--teacher-steps: the run's own"),
-        (["--every", "0"], "--every 0: must be at least 1"),
-        (["--run", str(tmp_path)], "no teacher there"),
-    ):
-        assert time_to_quality.main([*flags, *more]) == 2
-        assert line in capsys.readouterr().err

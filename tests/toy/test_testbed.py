@@ -1,15 +1,17 @@
-"""toy/testbed.py, toy/ablate.py: cells, the rule by which claims hold, a table of two rows."""
+"""toy/testbed.py, toy/ablate.py, toy/time_to_quality.py: cells, the rule by which claims hold, a
+table of two rows, a curve."""
 
 import dataclasses
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from toy_runs import TINY, call, main_in_process
 
-from toy import ablate
+from toy import ablate, time_to_quality
 from toy.distil import load_student
 from toy.settings import Settings
 from toy.testbed import Cells, mean_and_spread, verdict
@@ -135,3 +137,60 @@ def test_a_student_of_another_size_trains_from_its_own_teacher_and_is_loaded(tmp
     teachers = [tmp_path / "run" / name / "checkpoint.pt" for name in ("second", "teacher")]
     widths = [torch.load(path, weights_only=True)["network"] for path in teachers]
     assert [w["middle.1.norm1.weight"].numel() for w in widths] == [24, 16]
+
+
+def test_a_goal_is_passed_where_no_later_distance_is_above_it():
+    rows = [dict(iteration=i, fd=fd) for i, fd in enumerate((9.0, 3.0, 5.0, 4.0, 2.0))]
+    assert time_to_quality.passed(rows, 4)["iteration"] == 3
+    assert time_to_quality.passed(rows, 9)["iteration"] == 0
+    assert time_to_quality.passed(rows, 1) is None
+
+
+def test_a_stopped_curve_goes_on_to_the_same_figures(tmp_path, capsys, monkeypatch):
+    where = ["--work", tmp_path / "work", "--out", tmp_path, "--every", "2"]
+    flags = [*FLAGS, *where, "--budget", "5"]
+    assert main_in_process(time_to_quality, flags, capsys)[0] == 0
+    folder = tmp_path / "time-to-quality-glyphs"
+    cell = json.loads((folder / "curve-seed0.json").read_text())
+    assert [row["iteration"] for row in cell["rows"]] == [2, 4, 5]
+    assert cell["rows"][-1]["seconds"] == pytest.approx(cell["seconds"], abs=0.06)
+    teacher = json.loads((folder / "teacher-seed0.json").read_text())["rows"]
+    assert [row["steps"] for row in teacher] == [8, 25, 50]
+    page = (tmp_path / "time-to-quality-glyphs.md").read_text()
+    assert "| 50 |" in page and (tmp_path / "time-to-quality-glyphs.png").exists()
+    # Scores do not touch what trains on.
+    seldom = [*flags, "--every", "5", "--out", tmp_path / "seldom"]
+    assert main_in_process(time_to_quality, seldom, capsys)[0] == 0
+    path = tmp_path / "seldom" / "time-to-quality-glyphs" / "curve-seed0.json"
+    (last,) = json.loads(path.read_text())["rows"]
+    assert last["fd"] == cell["rows"][-1]["fd"] != cell["rows"][-2]["fd"]
+    (folder / "curve-seed0.json").unlink()
+    stopped = iter([False] * 3 + [True])
+    prepare = time_to_quality.prepare
+
+    def prepare_to_stop(*given):
+        student, parts, step = prepare(*given)
+
+        def stopping(i):
+            if next(stopped):
+                signal.raise_signal(signal.SIGTERM)
+            return step(i)
+
+        return student, parts, stopping
+
+    monkeypatch.setattr(time_to_quality, "prepare", prepare_to_stop)
+    code, err = main_in_process(time_to_quality, flags, capsys)
+    assert code == 143 and "stopped by SIGTERM; the same command goes on" in err
+    assert not (folder / "curve-seed0.json").exists()
+    monkeypatch.undo()
+    assert main_in_process(time_to_quality, flags, capsys)[0] == 0
+    again = json.loads((folder / "curve-seed0.json").read_text())
+    same = ("iteration", "fd", "precision", "recall", "accuracy")
+    for before, now in zip(cell["rows"], again["rows"], strict=True):
+        assert all(before[name] == now[name] for name in same)
+
+
+def test_scores_every_zero_iterations_are_refused(tmp_path, capsys):
+    flags = [*FLAGS, "--out", tmp_path, "--every", "0"]
+    code, err = main_in_process(time_to_quality, flags, capsys)
+    assert code == 2 and "--every 0: must be at least 1" in err
