@@ -200,7 +200,7 @@ def make_parser(prog, description, seeds, only="", share=3):
     )
     kinds = ("glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
     parser.add_argument("--dataset", choices=kinds, default="glyphs", help="default: glyphs")
-    parser.add_argument("--data-dir", default="data", help="as of toy/run.py (default: data)")
+    parser.add_argument("--data-dir", default="data", help="where the data set is (default: data)")
     parser.add_argument(
         "--seeds", type=numbers, default=numbers(seeds), metavar="N,…", help=f"default: {seeds}"
     )
@@ -214,16 +214,21 @@ def make_parser(prog, description, seeds, only="", share=3):
     )
     parser.set_defaults(share=share)
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="cpu", help="of all else (default: cpu)"
+        "--preset", choices=tuple(PRESETS), default="cpu", help="all other settings (default: cpu)"
     )
-    parser.add_argument("--limit", type=int, default=0, help="as of toy/run.py")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="use only so many training and so many test images"
+    )
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/testbed"), help="for networks (runs/testbed)"
+        "--work",
+        type=Path,
+        default=Path("runs/testbed"),
+        help="folder of the networks (runs/testbed)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="for tables and cells (results)"
+        "--out", type=Path, default=Path("results"), help="folder of tables and cells (results)"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
