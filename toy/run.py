@@ -157,15 +157,8 @@ def resolve(settings, kind, device):
     return dataclasses.replace(settings, **changes)
 
 
-def run(arguments, given):
-    """The whole job; returns the run folder."""
-    device = pick_device(arguments.device)
-    settings, preset, folder = configure(arguments, given, device)
-    set_threads(arguments.threads)
-    torch.backends.cudnn.benchmark = True  # the shapes never change
-    if settings.deterministic:
-        be_deterministic()
-    began = time.time()
+def load_data(settings):
+    """The data set of these settings. DataError if it cannot be had or has too few classes."""
     data = datasets.load(
         settings.dataset,
         Path(settings.data_dir),
@@ -175,6 +168,49 @@ def run(arguments, given):
         max_bad_files=settings.max_bad_files,
     )
     datasets.check_classes(data)
+    return data
+
+
+def train(stage, settings):
+    """(metric network, teacher, student before ADD, student, {stage: seconds}); what is finished
+    comes from its checkpoint. stage(name) is the Stage of that name."""
+    seconds = {}
+    # A download comes first: one that fails should not cost the training of a network.
+    public = None if settings.conditional else make_teacher(stage("teacher"))
+    features, seconds["features"] = make_features(stage("features"))
+    metric_net, seconds["metric"] = train_metric_net(stage("metric"))
+    teacher, seconds["teacher"] = public or make_teacher(stage("teacher"))
+    second = None
+    if other := settings.for_second_teacher:
+        made = dataclasses.replace(stage("second"), settings=other)
+        second, seconds["second teacher"] = make_teacher(made)
+    features = features or TeacherEncoder(teacher, settings.seed)
+    started = make_student(teacher, settings, second).eval()
+    student, seconds["ADD"] = distil(stage("distil"), teacher, features, second)
+    return metric_net, teacher, started, student, seconds
+
+
+def draw(folder, data, settings, teacher, started, student, results, device):
+    """The pictures of the report."""
+    best = results["best_guidance"]
+    path = folder / "comparison.png"
+    pictures.comparison(path, teacher, started, student, data, settings, best, device)
+    pictures.refinement(folder / "refinement.png", student, data, settings, device)
+    pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
+    pictures.curves(folder / "curves.png", folder)
+    pictures.cost(folder / "cost.png", results)
+
+
+def run(arguments, given):
+    """The whole job; returns (run folder, results, preset)."""
+    device = pick_device(arguments.device)
+    settings, preset, folder = configure(arguments, given, device)
+    set_threads(arguments.threads)
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+    if settings.deterministic:
+        be_deterministic()
+    began = time.time()
+    data = load_data(settings)
     seconds = {"data": time.time() - began}
     on = report.device_name(device)
     print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
@@ -191,41 +227,22 @@ def run(arguments, given):
     def stage(name):
         return Stage(folder / name, data, settings, device, keys[name])
 
-    path = folder / "results.json"
+    path, fid = folder / "results.json", None
     stored = read_results(path)
     scored = stored.get("key") == keys["eval"]
-    # Downloads come first: one that fails should not cost a teacher's training.
-    fid = public = None
-    if settings.inception != "none" and not scored:
+    if settings.inception != "none" and not scored:  # before anything is trained: it may fail
         fid = load_fid("" if settings.inception == "auto" else settings.inception).to(device)
-    if not settings.conditional:
-        public = make_teacher(stage("teacher"))
-    features, seconds["features"] = make_features(stage("features"))
-    metric_net, seconds["metric"] = train_metric_net(stage("metric"))
-    teacher, seconds["teacher"] = public or make_teacher(stage("teacher"))
-    second = None
-    if other := settings.for_second_teacher:
-        made = dataclasses.replace(stage("second"), settings=other)
-        second, seconds["second teacher"] = make_teacher(made)
-    features = features or TeacherEncoder(teacher, settings.seed)
-    started = make_student(teacher, settings, second).eval()
-    student, seconds["ADD"] = distil(stage("distil"), teacher, features, second)
-
+    metric_net, teacher, started, student, more = train(stage, settings)
     if not scored:
         began = time.time()
         print("evaluation", flush=True)
         results = evaluate(data, settings, metric_net, teacher, started, student, device, fid)
         stored = {"key": keys["eval"], "seconds": time.time() - began, "results": results}
         write_text(path, json.dumps(stored, indent=1) + "\n")
-    results, seconds["evaluation"] = stored["results"], stored["seconds"]
+    results, seconds = stored["results"], seconds | more | {"evaluation": stored["seconds"]}
 
     began = time.time()
-    path, guidance = folder / "comparison.png", results["best_guidance"]
-    pictures.comparison(path, teacher, started, student, data, settings, guidance, device)
-    pictures.refinement(folder / "refinement.png", student, data, settings, device)
-    pictures.targets(folder / "targets.png", student, teacher, data, settings, device)
-    pictures.curves(folder / "curves.png", folder)
-    pictures.cost(folder / "cost.png", results)
+    draw(folder, data, settings, teacher, started, student, results, device)
     seconds["pictures"] = time.time() - began
     command = ("python toy/run.py " + shlex.join(sys.argv[1:])).strip()
     gib = peak_memory(torch.device("cpu"))

@@ -17,14 +17,13 @@ import torch
 from add import Student
 from common import timing
 from common.checkpoints import write_text
-from toy import data as datasets
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import TeacherEncoder, make_features
 from toy.loop import Stage
 from toy.metrics import STUDENT_T, train_metric_net
 from toy.report import commit
-from toy.run import exit_code, pick_device, resolve, set_threads
+from toy.run import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
@@ -38,11 +37,7 @@ class Testbed:
 
     def __init__(self, folder, settings, device):
         self.settings, self.device = settings, device
-        self.data = datasets.load(
-            settings.dataset, Path(settings.data_dir), seed=settings.seed, size=settings.size,
-            limit=settings.limit or None,
-        )  # fmt: skip
-        datasets.check_classes(self.data)
+        self.data = load_data(settings)
         self.folder = folder / f"{self.data.kind}-seed{settings.seed}"
 
     def stage(self, name, settings):
