@@ -26,6 +26,7 @@ from toy.testbed import (
     Testbed,
     base_settings,
     clean,
+    difference,
     make_parser,
     mean_and_spread,
     of_seed,
@@ -131,25 +132,30 @@ class Claim:
 
 
 PAPER = [
-    Claim("a) A self-supervised F is best: DINOv2 20.6. (At equal size, ViT-L, it is not: DINOv2 "
-          "24.0, CLIP 23.3.)", "f-dino", "f-classifier"),
-    Claim("a) A smaller F is better: ViT-S 20.6, ViT-L 24.0", "f-denoiser", "f-large"),
-    Claim("b) c_img alone is better than c_text alone: 21.1, 21.2", "c-img", "c-text"),
-    Claim("b) both conditions are better than none: 20.6, 21.2", "default", "c-none"),
-    Claim("c) a pretrained student is better than a random one: 20.6, 293.6",
-          "default", "start-random"),
-    Claim("d) both losses are better than the adversarial one: 20.6, 20.8",
-          "default", "adversarial"),
-    Claim("d) … than distillation: 20.6, 315.6", "default", "distillation"),
-    Claim("d) the exponential weight is better than that of SDS: 20.6, 22.3", "default", "sds"),
-    Claim("d) … than that of NFSD: 20.6, 21.8", "default", "nfsd"),
-    Claim("e) a small student is better with a small teacher: 20.6, 21.3",
+    Claim("a) A self-supervised F is best: DINOv2, FID 20.6. (At equal size, ViT-L, it is not: "
+          "DINOv2 24.0, CLIP's 23.3.)", "f-dino", "f-classifier"),
+    Claim("a) A smaller F is better: FID 20.6, 24.0; CLIP 0.319, 0.302", "f-denoiser", "f-large"),
+    Claim("b) c_img alone is better than c_text alone: FID 21.1, 21.2; CLIP 0.316, 0.307",
+          "c-img", "c-text"),
+    Claim("b) both conditions are better than none: FID 20.6, 21.2; CLIP 0.319, 0.302",
+          "default", "c-none"),
+    Claim("c) a pretrained student is better than a random one: FID 20.6, 293.6; CLIP 0.319, "
+          "0.065", "default", "start-random"),
+    Claim("d) both losses are better than the adversarial one: FID 20.6, 20.8; CLIP 0.319, "
+          "0.315", "default", "adversarial"),
+    Claim("d) … than distillation: FID 20.6, 315.6; CLIP 0.319, 0.076",
+          "default", "distillation"),
+    Claim("d) the exponential weight is better than that of SDS: FID 20.6, 22.3; CLIP 0.319, "
+          "0.325", "default", "sds"),
+    Claim("d) … than that of NFSD: FID 20.6, 21.8; CLIP 0.319, 0.327", "default", "nfsd"),
+    Claim("e) a small student is better with a small teacher: FID 20.6, 21.3; CLIP 0.319, 0.321",
           "small-small", "small-large"),
-    Claim("e) a large student is better with a large teacher: 28.4, 29.3",
+    Claim("e) a large student is better with a large teacher: FID 28.4, 29.3; CLIP 0.325, 0.314",
           "default", "large-small"),
-    Claim("f) one teacher step is better than two: 20.6, 20.8", "default", "steps-2"),
-    Claim("f) four are better than one: 20.3, 20.6 (the paper: no conclusive gain)",
-          "steps-4", "default"),
+    Claim("f) one teacher step is better than two: FID 20.6, 20.8; CLIP 0.319, 0.321",
+          "default", "steps-2"),
+    Claim("f) four are better than one: FID 20.3, 20.6; CLIP 0.317, 0.319 (the paper: no "
+          "conclusive gain)", "steps-4", "default"),
 ]  # fmt: skip
 DESIGN = [
     Claim("R1 helps in one step (the paper: above all beyond 128×128 pixels)", "default", "no-r1"),
@@ -213,6 +219,12 @@ def collect(cells, base, name, steps, figure):
     return values
 
 
+def title_of(row):
+    """Its group's letter and title, and its own text."""
+    letter, title = next((k, title) for k, (title, rows) in GROUPS.items() if row in rows)
+    return f"{letter}) {title}: {row.text}"
+
+
 def table(cells, base):
     """Lines of the Markdown table."""
     head = ["", "seeds"]
@@ -231,9 +243,9 @@ def table(cells, base):
         lines.append(cell)
 
     add(DEFAULT, "**default**")
-    for letter, (title, rows) in GROUPS.items():
-        for row in rows:
-            add(row, f"{letter}) {title}: {row.text}")
+    for row in ROWS.values():
+        if row != DEFAULT:
+            add(row, title_of(row))
     return timing.table(head, lines)
 
 
@@ -241,12 +253,17 @@ def judge(claims, cells, base, head):
     """Lines of a table of claims."""
     lines = []
     for claim in claims:
-        better = collect(cells, base, claim.better, claim.steps, "fd")
-        worse = collect(cells, base, claim.worse, claim.steps, "fd")
+        rows = claim.better, claim.worse
+        better, worse = (collect(cells, base, row, claim.steps, "fd") for row in rows)
         if better and worse:
             ours = f"{claim.better} {show(better)}, {claim.worse} {show(worse)}"
-            lines.append([claim.text, ours, verdict(better, worse)])
-    return timing.table([head, "here (distance, ×)", ""], lines)
+            others = [
+                difference(*(collect(cells, base, row, claim.steps, figure) for row in rows))
+                for figure in ("precision", "accuracy")
+            ]
+            lines.append([claim.text, ours, verdict(better, worse), *others])
+    head = [head, "here: distance, ×", "", "precision, difference", "accuracy, difference"]
+    return timing.table(head, lines)
 
 
 def draw(path, cells, base):
@@ -256,11 +273,10 @@ def draw(path, cells, base):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [(row, f"{letter}) {row.text}") for letter, g in GROUPS.items() for row in g[1]]
-    rows = [(DEFAULT, "default"), *rows]
-    found = [(text, collect(cells, base, row.name, 1, "fd")) for row, text in rows]
+    rows = {"default": DEFAULT} | {title_of(row): row for row in ROWS.values() if row != DEFAULT}
+    found = [(text, collect(cells, base, row.name, 1, "fd")) for text, row in rows.items()]
     found = [(text, list(values.values())) for text, values in found if values][::-1]
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.25 * len(found)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(found)), layout="constrained")
     usual = found[-1][1]
     axes.axvspan(min(usual), max(usual), color="lightgrey")
     for i, (_, values) in enumerate(found):
@@ -268,6 +284,9 @@ def draw(path, cells, base):
         axes.plot([mean_and_spread(values)[0]], [i], "|", color="C3", markersize=10)
     axes.set_yticks(range(len(found)), [text for text, _ in found])
     axes.set(xscale="log", xlabel="Fréchet distance in one step, × the teacher's in 50")
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -280,7 +299,7 @@ def write_page(out, cells, base, command):
         for seed in rows
         for row in ROWS.values()
     ]
-    commits, machines = sources(filter(None, read))
+    commits, machines = sources(read)
     fd, precision, recall, accuracy = (
         show({seed: row[name] for seed, row in rows.items()}) for name in FIGURES
     )
@@ -306,8 +325,10 @@ def write_page(out, cells, base, command):
         "",
         "A seed's rows share their teacher and data, so two rows are compared seed by seed. A "
         "claim holds, or does not, if the ratios of the distances differ from one beyond noise: a "
-        "t test on their logarithms, at 95 %. Of so many claims one may hold, or not, by chance. "
-        "The paper's figures are FID on COCO, of one training each.",
+        "t test on their logarithms, at 95 %. Beside it stand the first row's precision and "
+        "accuracy less the second's, ± the noise; what is more than noise is bold. Of so many "
+        "claims one may hold, or not, by chance. The paper's figures are FID and CLIP score on "
+        "COCO, of one training each.",
         "",
         *judge(PAPER, cells, base, "the paper"),
         "",

@@ -365,7 +365,7 @@ def write_page(out, cells, methods, base, seeds, command):
     """OUT.md and OUT.png from whatever cells there are."""
     lines, all_of = lines_of(cells, methods, base, seeds), [of_seed(base, s) for s in seeds]
     read = [find(cells, m, best_rate(cells, m, b) or 0, b) for m in methods for b in all_of]
-    commits, machines = sources(filter(None, read))
+    commits, machines = sources(read)
     failed = [m.title for m in methods if best_rate(cells, m, base) is None]
     page = [
         f"# Table 2 on {base.dataset}",

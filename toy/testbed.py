@@ -142,6 +142,12 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def mean_and_noise(values):
+    """(mean, half of its 95 % confidence interval, by Student's t) of at least two numbers."""
+    mean, spread = mean_and_spread(values)
+    return mean, STUDENT_T[min(len(values) - 1, max(STUDENT_T))] * spread / math.sqrt(len(values))
+
+
 def show(values, digits=2):
     """Mean ± standard deviation of {seed: figure}, as a table's cell."""
     if not values:
@@ -158,17 +164,28 @@ def verdict(better, worse):
     pairs: a t test on the logarithms of the ratios, at 95 %.
     """
     ratios = [math.log(worse[seed] / better[seed]) for seed in better.keys() & worse.keys()]
-    n = len(ratios)
-    if n < 2:
+    if len(ratios) < 2:
         return "too few seeds"
-    noise = STUDENT_T[min(n - 1, max(STUDENT_T))] * statistics.stdev(ratios) / math.sqrt(n)
-    if abs(statistics.mean(ratios)) <= noise:
+    mean, noise = mean_and_noise(ratios)
+    if abs(mean) <= noise:
         return "within noise"
-    return "holds" if statistics.mean(ratios) > 0 else "does not hold"
+    return "holds" if mean > 0 else "does not hold"
+
+
+def difference(x, y):
+    """Mean of x - y over the seeds that both {seed: figure} have, and its noise; bold if it is
+    larger than that. A table's cell."""
+    pairs = [x[seed] - y[seed] for seed in x.keys() & y.keys()]
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.2f}" if pairs else ""
+    mean, noise = mean_and_noise(pairs)
+    text = f"{mean:+.2f} ± {noise:.2f}"
+    return f"**{text}**" if abs(mean) > noise else text
 
 
 def sources(cells):
-    """(commits, machines) of some cells, each one string."""
+    """(commits, machines) of some cells or Nones, each one string."""
+    cells = [cell for cell in cells if cell]
     found = ({cell[name] for cell in cells} for name in ("commit", "machine"))
     return tuple(", ".join(sorted(names)) for names in found)
 

@@ -14,7 +14,7 @@ from toy_runs import TINY, call, main_in_process
 from toy import ablate, time_to_quality
 from toy.distil import load_student
 from toy.settings import Settings
-from toy.testbed import Cells, mean_and_spread, verdict
+from toy.testbed import Cells, difference, mean_and_spread, sources, verdict
 
 
 def seeds(*values):
@@ -41,6 +41,19 @@ def test_a_claim_holds_where_ratios_differ_from_one_by_more_than_noise(better, w
 def test_the_spread_is_the_samples():
     assert mean_and_spread([1.0, 2.0, 3.0]) == (2, 1)
     assert mean_and_spread([5.0])[0] == 5 and math.isnan(mean_and_spread([5.0])[1])
+
+
+def test_a_difference_is_paired_and_bold_beyond_noise():
+    # Mean 0.2, deviation 0.1, t of 2 degrees 4.303: noise 0.248. Of 0.19, 0.2, 0.21: 0.025.
+    assert difference({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.4, 1: 0.4, 2: 0.4}) == "+0.20 ± 0.25"
+    assert difference(seeds(0.19, 0.2, 0.21), seeds(0, 0, 0)) == "**+0.20 ± 0.02**"
+    assert difference(seeds(0, 0, 0), seeds(0.19, 0.2, 0.21)) == "**-0.20 ± 0.02**"
+    assert difference({0: 0.5}, {0: 0.25, 1: 9}) == "+0.25" and difference({}, {0: 1}) == ""
+
+
+def test_sources_name_each_commit_and_machine_once():
+    cells = [dict(commit=c, machine="m") for c in "bab"]
+    assert sources(iter([None, *cells])) == ("a, b", "m")
 
 
 def row(fd, steps=1):
@@ -92,6 +105,7 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert out.count("seed 0\n") == 2 and out.endswith("ablation-glyphs.md\n")
     page = (tmp_path / "ablation-glyphs.md").read_text()
     assert "| **default** | 1 |" in page and "| d) Losses: adversarial alone (λ = 0) | 1 |" in page
+    assert " CPU, 1 thread, torch " in page
     assert "too few seeds" in page and (tmp_path / "ablation-glyphs.png").exists()
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("ablation-glyphs/*")}
     assert cells.keys() == {"default-seed0", "adversarial-seed0", "teacher-seed0"}
