@@ -77,7 +77,9 @@ def flags_of(script):
 
 def test_flags_of_the_toy_exist():
     """Those of a command belong to its script; one that stands alone, to any of them."""
-    known = {name: flags_of(f"toy/{name}.py") for name in ("run", "ablate", "compare")}
+    known = {
+        name: flags_of(f"toy/{name}.py") for name in ("run", "ablate", "compare", "time_to_quality")
+    }
     used = {name: set() for name in known}
     anywhere = set().union(*known.values(), {"--plan"})  # of full/run.py
     for page in ("README.md", "toy/README.md", "toy/experiments.md"):

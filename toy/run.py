@@ -264,8 +264,6 @@ def exit_code(program, work, debug=False, again="the same command goes on"):
             raise
         print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
@@ -277,7 +275,10 @@ def main(argv=None):
         if not 0 <= arguments.max_minutes < 1e6:
             raise ValueError(f"--max-minutes {arguments.max_minutes:g}: must be 0 to a million")
         signal.setitimer(signal.ITIMER_REAL, 60 * arguments.max_minutes)
-        folder, results, preset = run(arguments, given)
+        try:
+            folder, results, preset = run(arguments, given)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         print("\n".join(["", *report.table(results), ""]))
         for what, value, goal, met in report.goals(results, preset):
             print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")

@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from add import Student
 from common import timing
 from common.checkpoints import write_text
 from toy.distil import prepare
@@ -56,8 +56,8 @@ def train(bed, every):
     stage, teacher, features, second = bed.ingredients(bed.settings)
     torch.manual_seed(stage.settings.seed + 4)
     student, parts, add_step = prepare(stage, teacher, features, second)
-    denoiser, average, curve = student.denoiser, parts["ema"].module, Curve()
-    steps = stage.settings.distil_steps
+    average, curve, steps = copy.deepcopy(student).eval(), Curve(), stage.settings.distil_steps
+    average.denoiser.network = parts["ema"].module.eval()
 
     def step(i):
         began = time.perf_counter()
@@ -66,11 +66,8 @@ def train(bed, every):
         curve.seconds += time.perf_counter() - began
         done = i + 1
         if done % every == 0 or done == steps:
-            trained, denoiser.network = denoiser.network, average
-            row = bed.scorer.student(Student(denoiser, student.timesteps).eval(), 1)
+            row = bed.scorer.student(average, 1)
             curve.rows.append({"iteration": done, "seconds": curve.seconds} | row)
-            denoiser.network = trained
-            student.train()
         return log
 
     run_loop(stage, "ADD", parts | {"curve": curve}, step, steps)
@@ -115,7 +112,7 @@ def table(teachers, curves):
 
 
 def draw(path, teachers, curves):
-    """Each seed's distance over iterations, in multiples of its teacher's at most steps."""
+    """Each seed's distance over iterations, in multiples of its teacher's in 50 steps."""
     import matplotlib
 
     matplotlib.use("Agg")
