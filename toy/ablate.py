@@ -22,7 +22,6 @@ from toy.settings import Settings
 from toy.testbed import (
     FIGURES,
     STEPS,
-    Cells,
     Testbed,
     base_settings,
     clean,
@@ -187,12 +186,13 @@ def settings_of(row, base):
 
 def run_cells(arguments, cells, device):
     """Every missing cell."""
+    wanted = wanted_rows(arguments.only)
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
         if not cells.read("teacher", base, bed.data.fingerprint):
             cells.write("teacher", base, bed, [bed.of_the_teacher()], 0)
-        for row in arguments.rows:
+        for row in wanted:
             settings = settings_of(row, base)
             if cells.read(row.name, settings, bed.data.fingerprint):
                 continue
@@ -291,7 +291,7 @@ def draw(path, cells, base):
     pyplot.close(figure)
 
 
-def write_page(out, cells, base, command):
+def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are."""
     rows = teachers(cells, base)
     read = [
@@ -343,18 +343,8 @@ def write_page(out, cells, base, command):
 def main(argv=None):
     """Exit codes as of toy/run.py."""
     only = f"groups ({', '.join(GROUPS)}) or rows; the default is always among them"
-    arguments = make_parser("toy/ablate.py", __doc__, "0,1,2", only).parse_args(argv)
-    command = " ".join(["python toy/ablate.py", *(sys.argv[1:] if argv is None else argv)])
-
-    def work(device):
-        arguments.rows = wanted_rows(arguments.only)
-        out = arguments.out / f"ablation-{arguments.dataset}"
-        cells = Cells(out)
-        run_cells(arguments, cells, device)
-        write_page(out, cells, base_settings(arguments, arguments.seeds[0], device), command)
-        return out.with_suffix(".md")
-
-    return run_program("toy/ablate.py", arguments, work)
+    parser = make_parser("toy/ablate.py", __doc__, "0,1,2", only)
+    return run_program(parser, "ablation", argv, run_cells, write_page)
 
 
 if __name__ == "__main__":

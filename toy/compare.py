@@ -37,7 +37,6 @@ from toy.rivals.ufogen import UFOGen
 from toy.samplers import dpm_solver
 from toy.testbed import (
     FIGURES,
-    Cells,
     Testbed,
     base_settings,
     clean,
@@ -229,11 +228,12 @@ def run_cell(cells, bed, method, lr):
 
 def run_cells(arguments, cells, device):
     """Every missing cell: the learning rates on TUNING_SEED, then the best one on each seed."""
+    wanted = wanted_methods(arguments.only)
     for seed in dict.fromkeys([TUNING_SEED, *arguments.seeds]):
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
         score_teacher(cells, bed)
-        for method in arguments.methods:
+        for method in wanted:
             rates = method.rates
             if seed != TUNING_SEED:
                 rates = [lr for lr in (best_rate(cells, method, base),) if lr is not None]
@@ -361,8 +361,9 @@ def draw(path, lines):
     pyplot.close(figure)
 
 
-def write_page(out, cells, methods, base, seeds, command):
+def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are."""
+    methods, seeds = wanted_methods(arguments.only), arguments.seeds
     lines, all_of = lines_of(cells, methods, base, seeds), [of_seed(base, s) for s in seeds]
     read = [find(cells, m, best_rate(cells, m, b) or 0, b) for m in methods for b in all_of]
     commits, machines = sources(read)
@@ -394,19 +395,8 @@ def write_page(out, cells, methods, base, seeds, command):
 def main(argv=None):
     """Exit codes as of toy/run.py."""
     only = f"methods ({', '.join(METHODS)}); ADD is always among them"
-    arguments = make_parser("toy/compare.py", __doc__, "1,2,3", only).parse_args(argv)
-    command = " ".join(["python toy/compare.py", *(sys.argv[1:] if argv is None else argv)])
-
-    def work(device):
-        arguments.methods = wanted_methods(arguments.only)
-        out = arguments.out / f"compare-{arguments.dataset}"
-        cells = Cells(out)
-        run_cells(arguments, cells, device)
-        base = base_settings(arguments, arguments.seeds[0], device)
-        write_page(out, cells, arguments.methods, base, arguments.seeds, command)
-        return out.with_suffix(".md")
-
-    return run_program("toy/compare.py", arguments, work)
+    parser = make_parser("toy/compare.py", __doc__, "1,2,3", only)
+    return run_program(parser, "compare", argv, run_cells, write_page)
 
 
 if __name__ == "__main__":

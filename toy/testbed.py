@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -246,18 +247,30 @@ def make_parser(prog, description, seeds, only="", share=3):
     return parser
 
 
-def run_program(program, arguments, write_page):
-    """Print the path of the page that write_page(device) writes. Returns the exit code, as of
-    toy/run.py."""
+def run_program(parser, page, argv, run_cells, write_page):
+    """Do the cells that are missing, run_cells(arguments, cells, device), then describe them,
+    write_page(out, cells, base, arguments, command), and print the page's path.
+
+    The page is OUT/PAGE-DATASET.md, its cells are in a folder of that name, `base` is the default
+    run of the first seed. Returns the exit code, as of toy/run.py.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
 
     def work():
         if arguments.budget < 0:
             raise ValueError(f"--budget {arguments.budget}: must be at least 1")
         set_threads(arguments.threads)
         torch.backends.cudnn.benchmark = True  # as toy/run.py has it
-        print(write_page(pick_device(arguments.device)))
+        device = pick_device(arguments.device)
+        out = arguments.out / f"{page}-{arguments.dataset}"
+        cells = Cells(out)
+        run_cells(arguments, cells, device)
+        base = base_settings(arguments, arguments.seeds[0], device)
+        write_page(out, cells, base, arguments, " ".join(["python", parser.prog, *argv]))
+        print(out.with_suffix(".md"))
 
-    return exit_code(program, work, arguments.debug)
+    return exit_code(parser.prog, work, arguments.debug)
 
 
 def base_settings(arguments, seed, device):

@@ -23,7 +23,6 @@ from common.checkpoints import write_text
 from toy.distil import prepare
 from toy.loop import run_loop
 from toy.testbed import (
-    Cells,
     Testbed,
     base_settings,
     clean,
@@ -82,6 +81,8 @@ def passed(rows, distance):
 
 def run_cells(arguments, cells, device):
     """Every missing seed."""
+    if arguments.every < 1:
+        raise ValueError(f"--every {arguments.every}: must be at least 1")
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
@@ -133,8 +134,9 @@ def draw(path, teachers, curves):
     pyplot.close(figure)
 
 
-def write_page(out, cells, base, seeds, command):
+def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png."""
+    seeds = arguments.seeds
     stored = {
         name: {seed: cells.read(name, of_seed(base, seed)) for seed in seeds}
         for name in ("teacher", "curve")
@@ -165,20 +167,7 @@ def main(argv=None):
     """Exit codes as of toy/run.py."""
     parser = make_parser("toy/time_to_quality.py", __doc__, "0,1,2", share=1)
     parser.add_argument("--every", type=int, default=100, help="iterations between scores (100)")
-    arguments = parser.parse_args(argv)
-    command = " ".join(["python toy/time_to_quality.py", *(sys.argv[1:] if argv is None else argv)])
-
-    def work(device):
-        if arguments.every < 1:
-            raise ValueError(f"--every {arguments.every}: must be at least 1")
-        out = arguments.out / f"time-to-quality-{arguments.dataset}"
-        cells = Cells(out)
-        run_cells(arguments, cells, device)
-        base = base_settings(arguments, arguments.seeds[0], device)
-        write_page(out, cells, base, arguments.seeds, command)
-        return out.with_suffix(".md")
-
-    return run_program("toy/time_to_quality.py", arguments, work)
+    return run_program(parser, "time-to-quality", argv, run_cells, write_page)
 
 
 if __name__ == "__main__":
