@@ -81,14 +81,19 @@ def exponent(sizes, seconds):
     return statistics.linear_regression(x, y).slope
 
 
+def device_name(device):
+    """The GPU's name, or the processor and the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+
+
 def machine(device):
     """One line: the device, its threads, PyTorch's version."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        name = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
-    return f"{name}, torch {torch.__version__}"
+    return f"{device_name(device)}, torch {torch.__version__}"
 
 
 def table(head, rows):

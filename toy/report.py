@@ -1,12 +1,10 @@
 """Writes report.md: what was run, what it cost, the table, whether the goals were met, the
 pictures."""
 
-import platform
 import subprocess
 from pathlib import Path
 
-import torch
-
+from common import timing
 from toy.loop import read_log
 
 # What the student must reach, as the README says; all but accuracy are ratios to the teacher's.
@@ -30,15 +28,6 @@ def commit():
         return out.strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def device_name(device):
-    """The GPU's name, or the number of CPU threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    return device.type
 
 
 def best_teacher(results):
@@ -170,8 +159,8 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
     lines = [
         f"# ADD on {data.name}",
         "",
-        f"`{command}` · preset `{preset}` · seed {settings.seed} · {device_name(device)} · "
-        f"{settings.precision} · torch {torch.__version__} · commit {commit()}",
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {timing.machine(device)} · "
+        f"{settings.precision} · commit {commit()}",
         "",
         f"{len(data.train_images):,} training images, {tests} held-out test images, "
         f"{len(data.classes)} classes.",

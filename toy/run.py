@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import timing
 from common.checkpoints import (
     CheckpointError,
     Stopped,
@@ -212,7 +213,7 @@ def run(arguments, given):
     began = time.time()
     data = load_data(settings)
     seconds = {"data": time.time() - began}
-    on = report.device_name(device)
+    on = timing.device_name(device)
     print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     settings = resolve(settings, data.kind, device)
