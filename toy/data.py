@@ -140,15 +140,24 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     return replace(data, kind=name)
 
 
-def check_classes(data):
-    """DataError if a class has no image in a split: too small a --limit, or a folder's files are
-    all bad."""
+FEWEST_TESTS = 20  # test images, for k-NN figures and a covariance
+
+
+def check_splits(data):
+    """DataError if a class has no image in a split, or there are too few test images to measure
+    against: a --limit that is too small, a small folder, or one whose files are all bad."""
     for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
         if gone := [c for i, c in enumerate(data.classes) if not (labels == i).any()]:
             raise DataError(
                 f"--dataset {data.kind}: no {split} image of class {gone[0]}; add some, remove the "
-                "class, or take a larger --limit"
+                "class, or, if --limit is given, raise it"
             )
+    if (tests := len(data.test_images)) < FEWEST_TESTS:
+        raise DataError(
+            f"--dataset {data.kind}: {tests} test images; at least {FEWEST_TESTS} are needed to "
+            f"measure by; add images (one in {_HELD_OUT} of a folder without test/ is held out), "
+            "or, if --limit is given, raise it"
+        )
 
 
 def _count(images):

@@ -110,7 +110,8 @@ def margin(figure, x):
 
 def measure(network, images, labels, real_features, device):
     """All figures for generated images with the class they were asked for; precision and recall use
-    as many real images as there are generated ones, since both depend on the number. fd_margin and
+    as many real images as there are generated ones, if there are so many, since both depend on the
+    number. fd_margin and
     recall_margin: see margin."""
     features, predicted = embed(network, images, device)
     real = real_features[: len(features)]

@@ -77,8 +77,17 @@ def fetch(name, shape):
             f"--teacher {name}: no DDPM pipeline of diffusers can be had there ({brief(error)}); "
             "name one of the Hub or a folder, or leave the flag out"
         ) from error
-    if config.class_embed_type:
-        raise ValueError(f"--teacher {name}: has classes; name a pipeline without them")
+    timesteps = pipe.scheduler.config.num_train_timesteps
+    zero = pipe.scheduler.config.rescale_betas_zero_snr and prediction == "epsilon"
+    for unfit, what in (
+        (config.class_embed_type or config.num_class_embeds, "has classes"),
+        (config.out_channels != config.in_channels, "predicts variances, too"),
+        (config.center_input_sample, "centres its input (center_input_sample)"),
+        (timesteps != 1000, f"has {timesteps} timesteps, not 1000"),
+        (zero, "predicts epsilon at zero terminal SNR"),
+    ):
+        if unfit:
+            raise ValueError(f"--teacher {name}: {what}; name a pipeline that is not so")
     if prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)
         raise ValueError(f"--teacher {name}: predicts {prediction}; name one that predicts {known}")

@@ -168,7 +168,7 @@ def load_data(settings):
         limit=settings.limit or None,
         max_bad_files=settings.max_bad_files,
     )
-    datasets.check_classes(data)
+    datasets.check_splits(data)
     return data
 
 

@@ -97,14 +97,18 @@ def test_auto_falls_back_to_glyphs_and_leaves_nothing_behind(tmp_path, capfd):
     assert err.splitlines() == [f"MNIST is not in {tmp_path / 'data'}: trying to download it"] * 2
 
 
-def test_auto_downloads_what_is_missing(tmp_path, monkeypatch):
-    (tmp_path / "data/MNIST/raw").mkdir(parents=True)
-    (tmp_path / "data/MNIST/raw" / IDX[0]).write_bytes(b"one file of four, and that one torn")
-    mnist, root = torchvision.datasets.MNIST, tmp_path / "data"
-    monkeypatch.setattr(mnist, "download", lambda self: write_idx(Path(self.root)))
-    assert load("auto", root).name == "MNIST (5 training images)"
+@pytest.mark.parametrize(
+    "name, kind, title",
+    [("auto", "MNIST", "MNIST"), ("fashion-mnist", "FashionMNIST", "Fashion-MNIST")],
+)
+def test_what_is_missing_is_downloaded(tmp_path, monkeypatch, name, kind, title):
+    (tmp_path / "data" / kind / "raw").mkdir(parents=True)
+    (tmp_path / "data" / kind / "raw" / IDX[0]).write_bytes(b"one file of four, and that one torn")
+    dataset, root = getattr(torchvision.datasets, kind), tmp_path / "data"
+    monkeypatch.setattr(dataset, "download", lambda self: write_idx(Path(self.root), folder=kind))
+    assert load(name, root).name == f"{title} (5 training images)"
     found = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    assert found == sorted(Path("MNIST/raw", name) for name in IDX)
+    assert found == sorted(Path(kind, "raw", name) for name in IDX)
 
 
 def test_a_dataset_asked_for_by_name_is_never_replaced(tmp_path):

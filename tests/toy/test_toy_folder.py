@@ -1,11 +1,13 @@
 """toy/data.py: a folder of pictures, its split, and files that are no pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from toy_runs import error_of
 
-from toy.data import DataError, check_classes, load
+from toy.data import DataError, check_splits, load
 
 
 def write_pictures(folder, n, *, side=(40, 40), start=0):
@@ -148,4 +150,16 @@ def test_a_class_whose_files_are_all_bad_is_named(tmp_path):
             path = tmp_path / name / f"{i}.png"
             Image.new("L", (8, 8)).save(path) if name == "a" else path.write_text("")
     with pytest.raises(DataError, match="no training image of class b"):
-        check_classes(load("folder", tmp_path, size=8, max_bad_files=9))
+        check_splits(load("folder", tmp_path, size=8, max_bad_files=9))
+
+
+def test_a_class_without_test_images_and_too_few_test_images_are_named(tmp_path):
+    for split, classes in (("train", "ab"), ("test", "ab")):
+        for name in classes:
+            write_pictures(tmp_path / split / name, 10, side=(8, 8))
+    data = load("folder", tmp_path, size=8)
+    check_splits(data)  # twenty are enough
+    with pytest.raises(DataError, match="19 test images; at least 20 are needed"):
+        check_splits(replace(data, test_images=data.test_images[1:]))
+    with pytest.raises(DataError, match="no test image of class b"):
+        check_splits(replace(data, test_labels=data.test_labels * 0))

@@ -15,7 +15,7 @@ from toy.features import TeacherEncoder
 from toy.public import make_public
 
 
-def make_pipeline(**more):
+def make_pipeline(scheduler=None, **more):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32,
@@ -26,7 +26,7 @@ def make_pipeline(**more):
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **more,
     )
-    return DDPMPipeline(unet, DDPMScheduler())
+    return DDPMPipeline(unet, scheduler or DDPMScheduler())
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def public(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Forty colour pictures of two classes."""
+    """A hundred colour pictures of each of two classes."""
     folder = tmp_path_factory.mktemp("pictures")
     g = torch.Generator().manual_seed(0)
     for name in "ab":
         (folder / name).mkdir()
-        for i in range(40):
+        for i in range(100):
             save_image(torch.rand(3, 32, 32, generator=g), folder / name / f"{i:02}.png")
     return folder
 
@@ -108,8 +108,6 @@ def test_it_is_distilled_and_kept(public, pictures, tmp_path, capsys):
 def test_what_cannot_be_a_teacher_is_refused_before_anything_is_trained(
     public, pictures, tmp_path, capsys, monkeypatch
 ):
-    labelled = tmp_path / "labelled"
-    make_pipeline(class_embed_type="timestep").save_pretrained(labelled)
     colour = ["--dataset", "folder", "--data-dir", str(pictures)]
     tiny = [flag for flag in TINY if flag not in ("--dataset", "glyphs")]
 
@@ -121,7 +119,16 @@ def test_what_cannot_be_a_teacher_is_refused_before_anything_is_trained(
     grey = ("--dataset", "glyphs")
     refused(str(public), "draws 3×32×32, but the data is 1×32×32", *grey)
     refused(str(tmp_path / "none"), "none: no DDPM pipeline of diffusers can be had there", *colour)
-    refused(str(labelled), "has classes; name a pipeline without them", *colour)
+    for line, unfit in (
+        ("has classes; name a pipeline that is not so", dict(class_embed_type="timestep")),
+        ("has classes", dict(num_class_embeds=2)),
+        ("predicts variances, too", dict(out_channels=6)),
+        ("centres its input", dict(center_input_sample=True)),
+        ("has 500 timesteps", dict(scheduler=DDPMScheduler(num_train_timesteps=500))),
+        ("at zero terminal SNR", dict(scheduler=DDPMScheduler(rescale_betas_zero_snr=True))),
+    ):
+        make_pipeline(**unfit).save_pretrained(tmp_path / "unfit")
+        refused(str(tmp_path / "unfit"), line, *colour)
     refused(str(public), "no --distil-guidance other than 1", *colour, "--distil-guidance", "2")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refused(str(public), "needs diffusers; python -m pip install", *colour)
