@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import platform
 import statistics
 import time
 
@@ -81,30 +80,21 @@ def exponent(sizes, seconds):
     return statistics.linear_regression(x, y).slope
 
 
-def device_name(device):
-    """The GPU's name, or the processor and the threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
-
-
-def machine(device):
-    """One line: the device, its threads, PyTorch's version."""
-    return f"{device_name(device)}, torch {torch.__version__}"
-
-
 def table(head, rows):
     """Lines of a Markdown table; the cells are strings or numbers."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
+def in_milliseconds(seconds):
+    """Three digits, or all before the point."""
+    value = 1e3 * seconds
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def milliseconds(values):
     """Median and quartiles of seconds, as a cell."""
-    low, middle, high = (f"{1e3 * value:.3g}" for value in quartiles(values))
+    low, middle, high = map(in_milliseconds, quartiles(values))
     return f"{middle} ({low} to {high})"
 
 
@@ -116,5 +106,5 @@ def multiples(values):
 
 def keep(out, stored, lines):
     """Write NAME.json, which holds `stored`, and NAME.md, which has the lines. OSError."""
-    write_text(out.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
-    write_text(out.with_suffix(".md"), "\n".join(lines))
+    write_text(out.with_name(f"{out.name}.json"), json.dumps(stored, indent=1) + "\n")
+    write_text(out.with_name(f"{out.name}.md"), "\n".join(lines))

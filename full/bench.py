@@ -21,9 +21,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
-from common.checkpoints import CheckpointError, be_deterministic, one_line
+from common.checkpoints import CheckpointError, be_deterministic, brief, one_line
 from common.flags import add_flags, from_dict
 from common.meter import least_seconds, measure
+from common.origin import commit, machine
 from full import random_weights
 from full.parts import TrainingError, make_accelerator
 from full.plan.labels import HEADS, Labelled
@@ -125,6 +126,18 @@ class Bench(Labelled):
             }
         return row
 
+    def beside_the_plan(self, row, plan, rates):
+        """Add what --plan says of that batch: bytes, operations, and at these rates the least
+        seconds, of the whole and of its parts."""
+        batch, peaks = row["batch"], plan.peaks("one GPU", row["batch"])
+        flops = plan.operations(batch)
+        least = {part: least_seconds(n, rates) for part, n in by_part(flops).items()}
+        row |= {"planned": plan.total("one GPU", batch), "flops": sum(flops.values())}
+        row["least_seconds"] = sum(least.values())
+        for name, part in row["parts"].items():
+            part["least_seconds"] = least.get(name, 0)
+            part["planned"] = sum(peaks.get(name, {}).values())
+
 
 def gpu_of(device):
     """The plan's name of this machine's GPU. Otherwise the largest that the plan knows and that is
@@ -178,7 +191,7 @@ def whole_iterations(measured, gpu):
                 f"{row['least_seconds'] / middle:.0%}",
             ]
         )
-    head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "least time / time"]
+    head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "share of the limit"]
     return timing.table(head, rows)
 
 
@@ -188,19 +201,53 @@ def parts_of(row):
     rows = [
         [
             name,
-            f"{1e3 * part['seconds']:.3g}",
+            timing.in_milliseconds(part["seconds"]),
             f"{part['seconds'] / total:.0%}",
             f"{part['least_seconds'] / part['seconds']:.0%}" if part["least_seconds"] else "–",
             f"{part['peak'] / 1e9:.1f}" if part["peak"] else "–",
+            f"{part['planned'] / 1e9:.1f}" if part["planned"] else "–",
         ]
         for name, part in sorted(row["parts"].items(), key=lambda item: -item[1]["seconds"])
     ]
-    head = [f"batch {row['batch']}, one iteration", "ms", "share", "least time / time", "GB"]
+    head = [f"batch {row['batch']}, one iteration", "ms", "share of the time"]
+    head += ["share of the limit", "GB", "GB, --plan"]
     return timing.table(head, rows)
 
 
+def write_page(arguments, settings, device, rates, gpu, measured):
+    """Keep and return the lines of the page."""
+    command = " ".join(["python full/bench.py", *arguments.argv])
+    lines = [
+        f"`{command}`, {machine(device)}, {settings.precision}, {settings.resolution} px, "
+        f"commit {commit()}.",
+        "",
+        f"Whole iterations: medians and quartiles of {arguments.iterations}. Parts: one iteration "
+        "that waits for the device between them, so that their sum is more than the whole. Share "
+        "of the limit: the time that the arithmetic takes at the rate of a matrix product measured "
+        f"here ({rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
+        f"{rates['tf32'] / 1e12:.3g} in float32), over the measured time. What checkpointing "
+        "computes twice counts twice.",
+        "",
+        *whole_iterations(measured, gpu),
+        "",
+    ]
+    if divided := [row for row in measured if row.get("parts")]:
+        lines += [*parts_of(divided[-1]), ""]
+    stored = {
+        "command": command,
+        "machine": machine(device),
+        "commit": commit(),
+        "flops_per_second": rates,
+        "gpu": gpu,
+        "settings": dataclasses.asdict(settings),
+        "batches": measured,
+    }
+    timing.keep(arguments.out, stored, lines)
+    return lines
+
+
 def run(arguments, given):
-    """Measures, prints and writes."""
+    """Measure, and write the page anew after every batch."""
     if arguments.random:
         backbone = given.pop("backbone", Settings.backbone)
         given = random_weights.settings_for(backbone, arguments.random) | given
@@ -214,38 +261,15 @@ def run(arguments, given):
         plan = Plan(settings, 1, gpu)
         for batch in arguments.batches:
             try:
-                row = bench.time(batch, arguments.iterations)
+                measured.append(bench.time(batch, arguments.iterations))
+                bench.beside_the_plan(measured[-1], plan, rates)
             except torch.OutOfMemoryError:
                 measured.append({"batch": batch, "failed": "out of memory"})
+            except RuntimeError as error:  # a kernel that takes no tensor so large
+                measured.append({"batch": batch, "failed": brief(error)})
+            lines = write_page(arguments, settings, device, rates, gpu, measured)
+            if "failed" in measured[-1]:
                 break
-            flops = plan.operations(batch)
-            least = {part: least_seconds(n, rates) for part, n in by_part(flops).items()}
-            row |= {"planned": plan.total("one GPU", batch), "flops": sum(flops.values())}
-            row["least_seconds"] = sum(least.values())
-            for part in row["parts"]:
-                row["parts"][part]["least_seconds"] = least.get(part, 0)
-            measured.append(row)
-    command = " ".join(["python full/bench.py", *arguments.argv])
-    lines = [
-        f"`{command}`, {timing.machine(device)}, {settings.precision}, {settings.resolution} px. "
-        f"A matrix product: {rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
-        f"{rates['tf32'] / 1e12:.3g} in float32. The least time is that of the arithmetic at these "
-        "rates. Medians and quartiles.",
-        "",
-        *whole_iterations(measured, gpu),
-        "",
-    ]
-    if divided := [row for row in measured if row.get("parts")]:
-        lines += [*parts_of(divided[-1]), ""]
-    stored = {
-        "command": command,
-        "machine": timing.machine(device),
-        "flops_per_second": rates,
-        "gpu": gpu,
-        "settings": dataclasses.asdict(settings),
-        "batches": measured,
-    }
-    timing.keep(arguments.out, stored, lines)
     print("\n".join(lines))
 
 

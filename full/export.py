@@ -4,12 +4,12 @@ model card."""
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 
+from common.origin import commit
 from full.settings import LICENCES, as_table, torch_dtype
 
 
@@ -60,15 +60,6 @@ def student_unet(backbone, state, settings):
         unet.fuse_lora()
         unet.unload_lora()
     return unet, adapter
-
-
-def commit():
-    """This repository's commit, or "unknown" outside of one."""
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def licence_of(backbone):

@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from common.checkpoints import be_deterministic, stop_on_signals, write_text
 from common.flags import add_flags, from_dict
+from common.origin import commit
 from full.settings import Settings
 
 
@@ -106,7 +107,7 @@ def run(arguments, given):
                 f"--out {arguments.out}: holds a run; --resume auto goes on with it, another "
                 "folder starts over"
             )
-        config = {"settings": dataclasses.asdict(settings), "commit": export.commit()}
+        config = {"settings": dataclasses.asdict(settings), "commit": commit()}
     trainer = train.Trainer(settings, accelerator, arguments.out)
     if arguments.resume:
         checkpoint.resume(trainer, arguments.resume)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
 from common import timing
 from common.meter import least_seconds, measure
+from common.origin import commit, machine
 from toy.data import Dataset, to_float
 from toy.distil import make_batch, prepare
 from toy.features import TeacherEncoder
@@ -198,22 +199,27 @@ class Bench:
         return iteration
 
 
+def compared(head, seconds, pairs):
+    """({"seconds", "ratios"}, lines of both tables) of {name: seconds of each round} and of
+    {title: (numerator, denominator)}, names of those."""
+    against = {title: timing.ratios(seconds[a], seconds[b]) for title, (a, b) in pairs.items()}
+    rows = [[name, timing.milliseconds(values)] for name, values in seconds.items()]
+    lines = timing.table([head, "ms"], rows) + [""]
+    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
+    return {"seconds": seconds, "ratios": against}, lines
+
+
 def step(bench, repeats):
     """The ADD step against its floor, and against a naive one."""
     pieces = bench.pieces()
     functions = pieces | {"ADD step": bench.step, "naive step": bench.naive()}
     seconds = timing.alternate(functions, bench.device, repeats)
     floor = [sum(values) for values in zip(*(seconds[name] for name in pieces), strict=True)]
-    seconds = seconds | {"sum of the pieces": floor}
-    ours = seconds["ADD step"]
-    against = {
-        "ADD step / sum of the pieces": timing.ratios(ours, floor),
-        "naive step / ADD step": timing.ratios(seconds["naive step"], ours),
+    pairs = {
+        "ADD step / sum of the pieces": ("ADD step", "sum of the pieces"),
+        "naive step / ADD step": ("naive step", "ADD step"),
     }
-    rows = [[name, timing.milliseconds(seconds[name])] for name in seconds]
-    lines = timing.table(["", "ms"], rows) + [""]
-    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
-    return {"seconds": seconds, "ratios": against}, lines
+    return compared("", seconds | {"sum of the pieces": floor}, pairs)
 
 
 def sampling(bench, repeats):
@@ -226,33 +232,24 @@ def sampling(bench, repeats):
             for _ in range(count):
                 network(x, t, labels)
 
-    functions = {}
+    functions, pairs = {}, {}
     for k in (1, 2, 4):
         functions[f"student, {k}"] = partial(sample_student, student, x, labels, k, 0)
         functions[f"bare passes, {k}"] = partial(passes, k)
-    for k in (8, 25, 50):
-        functions[f"teacher, {k}, guidance 2"] = partial(
-            sample_teacher, bench.teacher, x, labels, k, 2.0
-        )
-    seconds = timing.alternate(functions, bench.device, repeats)
-    one = seconds["student, 1"]
-    against = {
-        f"student, {k} / bare passes": timing.ratios(
-            seconds[f"student, {k}"], seconds[f"bare passes, {k}"]
-        )
-        for k in (1, 2, 4)
-    }
+        pairs[f"student, {k} / bare passes"] = f"student, {k}", f"bare passes, {k}"
     for k in (8, 25, 50):
         name = f"teacher, {k}, guidance 2"
-        against[f"{name} / student, 1"] = timing.ratios(seconds[name], one)
-    rows = [[name, timing.milliseconds(values)] for name, values in seconds.items()]
-    lines = timing.table([f"{len(x)} images", "ms"], rows) + [""]
-    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
-    return {"seconds": seconds, "ratios": against}, lines
+        functions[name] = partial(sample_teacher, bench.teacher, x, labels, k, 2.0)
+        pairs[f"{name} / student, 1"] = name, "student, 1"
+    seconds = timing.alternate(functions, bench.device, repeats)
+    student.train()
+    return compared(f"{len(x)} images", seconds, pairs)
 
 
 def limits(bench, repeats):
-    """Achieved FLOP/s, and the least time, at the rate of a large matrix product, over the real."""
+    """Achieved FLOP/s. The share of the limit is the time that the arithmetic takes at the fastest
+    rate measured here, a large matrix product's or convolution's, over the measured time.
+    """
     types = {"tf32": torch.float32}
     if bench.settings.precision == "bf16":
         types["bf16"] = torch.bfloat16
@@ -279,7 +276,7 @@ def limits(bench, repeats):
         for name in flops
     ]
     stored = {"flops": flops, "flops_per_second": speed, "least_seconds": least}
-    return stored, timing.table(["", "GFLOP", "GFLOP/s", "least time / time"], rows)
+    return stored, timing.table(["", "GFLOP", "GFLOP/s", "share of the limit"], rows)
 
 
 def growth(bench, repeats):
@@ -311,7 +308,7 @@ def growth(bench, repeats):
     return {"seconds": stored, "exponents": fits}, timing.table(head, rows)
 
 
-def _one_of_many(settings, device, threads, barrier, queue, repeats):
+def _one_of_many(settings, device, threads, barrier, queue, steps):
     """A process: puts the seconds of its steps, all of which begin when the others' do."""
     torch.set_num_threads(threads)
     bench = Bench(settings, device)
@@ -320,30 +317,44 @@ def _one_of_many(settings, device, threads, barrier, queue, repeats):
     timing.synchronize(device)
     barrier.wait(timeout=60)
     began = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(steps):
         bench.step()
     timing.synchronize(device)
-    queue.put((time.perf_counter() - began) / repeats)
+    queue.put((time.perf_counter() - began) / steps)
+
+
+def _at_once(bench, count, threads, steps):
+    """[seconds of a step] of so many processes that run at once. ValueError if one fails."""
+    context = torch.multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(count), context.SimpleQueue()
+    given = bench.settings, bench.device, threads, barrier, queue, steps
+    children = [context.Process(target=_one_of_many, args=given) for _ in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    if failed := [child.exitcode for child in children if child.exitcode]:
+        raise ValueError(f"--only processes: one of {count} ended with exit code {failed[0]}")
+    return [queue.get() for _ in children]
 
 
 def processes(bench, repeats):
     """One process with a CPU thread, one with two, and two at once with one each."""
-    context = torch.multiprocessing.get_context("spawn")
-    seconds, rows = {}, []
-    for count, threads in ((1, 1), (1, 2), (2, 1)):
-        barrier, queue = context.Barrier(count), context.SimpleQueue()
-        given = bench.settings, bench.device, threads, barrier, queue, 10 * repeats
-        children = [context.Process(target=_one_of_many, args=given) for _ in range(count)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        if failed := [child.exitcode for child in children if child.exitcode]:
-            raise ValueError(f"--only processes: one of {count} ended with exit code {failed[0]}")
-        name = f"{count} process{'es' * (count > 1)}, {threads} thread{'s' * (threads > 1)}"
-        seconds[name] = [queue.get() for _ in children]
-        speed = sum(1 / value for value in seconds[name])
-        each = ", ".join(f"{1e3 * value:.3g}" for value in seconds[name])
+    kinds = {
+        f"{count} process{'es' * (count > 1)}, {threads} thread{'s' * (threads > 1)}": (
+            count,
+            threads,
+        )
+        for count, threads in ((1, 1), (1, 2), (2, 1))
+    }
+    seconds = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, kind in kinds.items():
+            seconds[name].append(_at_once(bench, *kind, steps=10))
+    rows = []
+    for name, rounds in seconds.items():
+        each = timing.milliseconds([value for values in rounds for value in values])
+        speed = statistics.median(sum(1 / value for value in values) for values in rounds)
         rows.append([name, each, f"{speed:.2f}"])
     return seconds, timing.table(["", "ms", "steps a second, all together"], rows)
 
@@ -390,13 +401,18 @@ def main(argv=None):
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)
-        lines = [f"`{command}`, {timing.machine(device)}, {precision}."]
+        lines = [f"`{command}`, {machine(device)}, {precision}, commit {commit()}."]
         lines += ["Medians and quartiles.", ""]
-        stored = {"command": command, "machine": timing.machine(device), "precision": precision}
+        stored = {
+            "command": command,
+            "machine": machine(device),
+            "commit": commit(),
+            "precision": precision,
+        }
         for name in arguments.only:
             section = SECTIONS[name]
             stored[name], rows = section(bench, arguments.repeats)
-            lines += [f"**{section.__doc__.split(chr(10))[0]}**", "", *rows, ""]
+            lines += [f"**{' '.join(section.__doc__.split())}**", "", *rows, ""]
             print("\n".join(lines[-len(rows) - 3 :]), flush=True)
             timing.keep(arguments.out, stored, lines)  # what is measured is not lost
 

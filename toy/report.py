@@ -1,10 +1,7 @@
 """Writes report.md: what was run, what it cost, the table, whether the goals were met, the
 pictures."""
 
-import subprocess
-from pathlib import Path
-
-from common import timing
+from common.origin import commit, machine
 from toy.loop import read_log
 
 # What the student must reach, as the README says; all but accuracy are ratios to the teacher's.
@@ -14,20 +11,6 @@ GOALS = {
 }
 GOALS["gpu"] = GOALS["long"]
 COLOUR = dict(fd=1.0, few=0.8, recall=0.75)  # whatever the preset
-
-
-def commit():
-    """The repository's short commit, with + for uncommitted changes to its files; "unknown" outside
-    a repository."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        head = [*git, "rev-parse", "--short", "HEAD"]
-        out = subprocess.run(head, capture_output=True, text=True, check=True).stdout
-        status = [*git, "status", "--porcelain", "-uno"]
-        dirty = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-        return out.strip() + ("+" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def best_teacher(results):
@@ -159,7 +142,7 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
     lines = [
         f"# ADD on {data.name}",
         "",
-        f"`{command}` · preset `{preset}` · seed {settings.seed} · {timing.machine(device)} · "
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {machine(device)} · "
         f"{settings.precision} · commit {commit()}",
         "",
         f"{len(data.train_images):,} training images, {tests} held-out test images, "

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import timing
 from common.checkpoints import (
     CheckpointError,
     Stopped,
@@ -37,6 +36,7 @@ from common.checkpoints import (
 )
 from common.fid import load_fid
 from common.flags import add_flags, from_dict
+from common.origin import device_name
 from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student
@@ -213,7 +213,7 @@ def run(arguments, given):
     began = time.time()
     data = load_data(settings)
     seconds = {"data": time.time() - began}
-    on = timing.device_name(device)
+    on = device_name(device)
     print(f"data: {data.name} · preset: {preset} · device: {on} · folder: {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     settings = resolve(settings, data.kind, device)

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 
 from add import Student
-from common import timing
 from common.checkpoints import write_text
+from common.origin import commit, machine
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import TeacherEncoder, make_features
 from toy.loop import Stage
 from toy.metrics import STUDENT_T, train_metric_net
-from toy.report import commit
 from toy.run import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
@@ -114,7 +113,7 @@ class Cells:
         cell = {
             "row": row,
             "commit": commit(),
-            "machine": timing.machine(bed.device),
+            "machine": machine(bed.device),
             "data": bed.data.fingerprint,
             "seconds": round(seconds, 1),
             "settings": stored_settings(settings),

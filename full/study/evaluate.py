@@ -29,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from common.checkpoints import brief
 from common.fid import load_fid
 from common.flags import add_flags, check_choices, flag, option
+from common.origin import commit
 from full.sample import call_of, load_pipeline
 from full.settings import DTYPES, from_name, torch_dtype
 from full.study.metrics import (
@@ -240,8 +241,6 @@ def find_device(name):
 def evaluate(evaluation):
     """Draw, measure and write; returns what evaluation.json holds. What may fail comes before the
     hours of drawing."""
-    from full.export import commit
-
     out, batch, device = Path(evaluation.out), evaluation.batch, find_device(evaluation.device)
     samples, captions = read_coco(evaluation.coco, evaluation.images, evaluation.seed)
     fid, clip = load_fid(evaluation.inception).to(device), ClipScore(evaluation.clip)

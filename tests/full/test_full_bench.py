@@ -71,6 +71,7 @@ def test_a_tiny_benchmark_writes_its_figures(checkpoints, tmp_path, backbone, ca
         least = sum(part["least_seconds"] for part in row["parts"].values())
         assert row["least_seconds"] == pytest.approx(least)
         parts = row["parts"]
+        assert row["planned"] == max(part["planned"] for part in parts.values()) > 0
         expected = {"student", "student, backward", "teacher", "VAE decodes x_hat, backward", HEADS}
         assert expected <= set(parts) and all(part["seconds"] > 0 for part in parts.values())
     text = out.with_suffix(".md").read_text()
@@ -102,10 +103,17 @@ def test_a_compiled_network_is_timed_as_a_whole(checkpoints, tmp_path, monkeypat
     assert stored[0]["parts"] == {} and len(stored[0]["seconds"]) == 2
 
 
-def test_what_does_not_fit_ends_it(checkpoints, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, what",
+    [
+        (torch.OutOfMemoryError(), "out of memory"),
+        (RuntimeError("too many elements\nat ..."), "RuntimeError: too many elements"),
+    ],
+)
+def test_what_does_not_fit_ends_it(checkpoints, tmp_path, monkeypatch, error, what):
     def time(self, batch, iterations):
         if batch == 4:
-            raise torch.OutOfMemoryError
+            raise error
         return real(self, batch, iterations)
 
     real = bench.Bench.time
@@ -113,8 +121,8 @@ def test_what_does_not_fit_ends_it(checkpoints, tmp_path, monkeypatch):
     out = tmp_path / "speed"
     assert bench.main(bench_flags(checkpoints, out, "--batches", "2,4,8")) == 0
     stored = json.loads(out.with_suffix(".json").read_text())["batches"]
-    assert [row["batch"] for row in stored] == [2, 4] and stored[1]["failed"] == "out of memory"
-    assert "| 4 | out of memory |" in out.with_suffix(".md").read_text()
+    assert [row["batch"] for row in stored] == [2, 4] and stored[1]["failed"] == what
+    assert f"| 4 | {what} |" in out.with_suffix(".md").read_text()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

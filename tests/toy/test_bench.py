@@ -27,6 +27,7 @@ def test_median_and_quartiles_ratios_and_exponents_by_hand():
     assert timing.ratios([2, 9], [1, 3]) == [2, 3]
     assert timing.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     assert timing.milliseconds([0.001, 0.002, 0.003]) == "2 (1.5 to 2.5)"
+    assert timing.milliseconds([0.9, 1.3, 12.3]) == "1,300 (1,100 to 6,800)"
 
 
 def test_operations_and_live_memory_of_a_product():
@@ -89,8 +90,8 @@ def test_growth_of_a_tiny_step(monkeypatch):
 def test_two_processes_take_their_steps_at_once():
     ours = bench.Bench(Settings(**PRESETS["tiny"]), torch.device("cpu"))
     seconds, lines = bench.processes(ours, 1)
-    assert [len(values) for values in seconds.values()] == [1, 1, 2]
-    assert all(value > 0 for values in seconds.values() for value in values)
+    assert [[len(values) for values in rounds] for rounds in seconds.values()] == [[1], [1], [2]]
+    assert all(value > 0 for rounds in seconds.values() for values in rounds for value in values)
     assert lines[-1].startswith("| 2 processes, 1 thread |")
 
 
@@ -99,7 +100,7 @@ def test_a_tiny_benchmark_writes_its_figures(tmp_path, capsys):
     assert bench.main([*flags, "--out", str(tmp_path / "speed")]) == 0
     stored = json.loads((tmp_path / "speed.json").read_text())
     assert set(stored) == {
-        "command", "machine", "precision", "step", "sampling", "limits", "memory"
+        "command", "machine", "commit", "precision", "step", "sampling", "limits", "memory"
     }  # fmt: skip
     step = stored["step"]
     pieces = set(step["seconds"]) - {"ADD step", "naive step", "sum of the pieces"}
