@@ -23,8 +23,7 @@ from torch.nn import functional
 
 from common.images import to_rgb
 from toy.glyphs import glyphs
-
-NAMES = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+from toy.settings import DATASETS
 
 
 class DataError(Exception):
@@ -127,8 +126,8 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     the other sets are 32x32. Up to `max_bad_files` unreadable files of a folder are left out.
     """
     root = Path("data" if data_dir is None else data_dir)
-    if name not in NAMES:
-        raise DataError(f"--dataset {name}: no such dataset; choose one of {', '.join(NAMES)}")
+    if name not in DATASETS:
+        raise DataError(f"--dataset {name}: no such dataset; choose one of {', '.join(DATASETS)}")
     if name == "auto":
         name = "glyphs" if _fetch("mnist", root) else "mnist"
     if name == "glyphs":

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from add import randn_like
 from common.augment import AUGMENTATIONS
+from common.checkpoints import brief
 from common.features import noised, readout
 from common.images import resize
 from toy.data import Batches
@@ -215,9 +216,8 @@ class DinoV2(nn.Module):
         try:
             self.network = torch.hub.load("facebookresearch/dinov2", "dinov2_vits14", verbose=False)
         except Exception as error:  # whatever a missing network, cache or certificate raises
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"--features dinov2: torch.hub cannot load it ({reason}); it needs the network "
+                f"--features dinov2: torch.hub cannot load it ({brief(error)}); it needs a network "
                 "once, or a filled torch.hub cache; use --features teacher without one"
             ) from error
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from common.augment import AUGMENTATIONS
 from common.flags import check_choices, check_limits, flag, option, show
 
+DATASETS = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 
 
@@ -23,7 +24,7 @@ class Settings:
     dataset: str = option(
         "auto",
         "auto, glyphs, mnist, fashion-mnist, cifar10 or folder",
-        ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder"),
+        DATASETS,
     )
     data_dir: str = option(
         "data",

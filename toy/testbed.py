@@ -24,7 +24,7 @@ from toy.features import TeacherEncoder, make_features
 from toy.loop import Stage
 from toy.metrics import STUDENT_T, train_metric_net
 from toy.run import exit_code, load_data, pick_device, resolve, set_threads
-from toy.settings import PRESETS, Settings, stage_key
+from toy.settings import DATASETS, PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
 STEPS = (1, 4)  # at which a student is scored
@@ -210,7 +210,7 @@ def make_parser(prog, description, seeds, only="", share=3):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = ("glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+    kinds = DATASETS[1:]  # a page has one name
     parser.add_argument("--dataset", choices=kinds, default="glyphs", help="default: glyphs")
     parser.add_argument("--data-dir", default="data", help="where the data set is (default: data)")
     parser.add_argument(
