@@ -63,6 +63,7 @@ GROUPS = {
             Row("f-convolutional", "a convolutional classifier", dict(features="convolutional")),
             Row("f-untrained", "untrained (ViT)", dict(features="untrained")),
             Row("f-dinov2", "DINOv2", dict(features="dinov2"), online=True),
+            Row("f-efficientnet", "EfficientNet", dict(features="efficientnet"), online=True),
         ],
     ),
     "b": (

@@ -1,5 +1,5 @@
 """The discriminator's feature network F: the teacher's own encoder, a small network trained on the
-run's data, or DINOv2.
+run's data, or one that others have trained.
 
 Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list
 of C_k, and `summary(images)`, an embedding (B, width) of whole images: c_img.
@@ -14,15 +14,15 @@ from torch.nn import functional
 
 from add import randn_like
 from common.augment import AUGMENTATIONS
-from common.checkpoints import brief
-from common.features import noised, readout
-from common.images import resize
+from common.features import noised
 from toy.data import Batches
 from toy.loop import GeneratorState, descend, run_loop
 from toy.networks import ConvNet, ViT
+from toy.pretrained import DinoV2, EfficientNet
 
 NOISE = 0.6  # most that an F which denoises is shown
 TRAINED = ("classifier", "denoiser", "convolutional", "dino")  # what is trained here
+PRETRAINED = {"dinov2": DinoV2, "efficientnet": EfficientNet}
 DINO_MOMENTUM = 0.98  # of the moving average of weights, for hundreds of steps
 
 
@@ -69,7 +69,10 @@ def make_features(stage):
     kind = stage.settings.features
     if kind == "teacher":
         return None, 0.0
-    network, seconds = DinoV2().to(stage.device) if kind == "dinov2" else make_network(stage), 0.0
+    if kind in PRETRAINED:
+        network, seconds = PRETRAINED[kind]().to(stage.device), 0.0
+    else:
+        network, seconds = make_network(stage), 0.0
     if kind == "dino":
         seconds = train_dino(stage, network)
     elif kind in TRAINED:
@@ -203,40 +206,3 @@ def train_dino(stage, network, prototypes=256):
 
     holder = nn.ParameterList([center])
     return train(stage, [online, average, holder], loss_of)
-
-
-class DinoV2(nn.Module):
-    """DINOv2 ViT-S/14 from torch.hub at 112 x 112: (B, 64, 384) tokens after the embedding and
-    blocks 2, 5, 8, 11."""
-
-    width, channels, size, blocks = 384, [384] * 5, 112, (2, 5, 8, 11)
-
-    def __init__(self):
-        super().__init__()
-        try:
-            self.network = torch.hub.load("facebookresearch/dinov2", "dinov2_vits14", verbose=False)
-        except Exception as error:  # whatever a missing network, cache or certificate raises
-            raise ValueError(
-                f"--features dinov2: torch.hub cannot load it ({brief(error)}); it needs a network "
-                "once, or a filled torch.hub cache; use --features teacher without one"
-            ) from error
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-
-    def _states(self, images):
-        images = ((images + 1) / 2).expand(-1, 3, -1, -1)
-        images = resize(images, self.size, antialias=False)
-        x = self.network.prepare_tokens_with_masks((images - self.mean) / self.std)
-        states = [x]
-        for i, block in enumerate(self.network.blocks):
-            x = block(x)
-            if i in self.blocks:
-                states.append(x)
-        return states
-
-    def forward(self, images):
-        return [readout(x) for x in self._states(images)]
-
-    def summary(self, images):
-        """The normalised class token (B, 384)."""
-        return self.network.norm(self._states(images)[-1])[:, 0]

@@ -14,6 +14,8 @@ from common.augment import AUGMENTATIONS
 from common.flags import check_choices, check_limits, flag, option, show
 
 DATASETS = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
+FEATURES = ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional")
+FEATURES += ("dinov2", "efficientnet")  # pretrained
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 
 
@@ -21,11 +23,7 @@ COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 class Settings:
     """One run. The defaults are the `cpu` preset's."""
 
-    dataset: str = option(
-        "auto",
-        "auto, glyphs, mnist, fashion-mnist, cifar10 or folder",
-        DATASETS,
-    )
+    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10, folder", DATASETS)
     data_dir: str = option(
         "data",
         "where the data set is, or is downloaded to; for folder: the folder of class folders",
@@ -105,8 +103,8 @@ class Settings:
         "teacher",
         "the discriminator's F: teacher (its encoder); classifier, denoiser or dino (a ViT that is "
         "trained here on the data); untrained (the same ViT); convolutional (a classifier, too); "
-        "or dinov2 (torch.hub)",
-        ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional", "dinov2"),
+        "dinov2 or efficientnet (torch.hub)",
+        FEATURES,
     )
     features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
     features_width: int = option(96, "its channels", limits=COUNT)

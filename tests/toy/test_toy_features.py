@@ -1,9 +1,10 @@
-"""toy/features.py: the teacher's encoder, networks trained on the data, DINOv2."""
+"""toy/features.py: the teacher's encoder, networks trained on the data; toy/pretrained.py."""
 
 import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional
 from toy_runs import make_teacher, rows_of, stage_at
@@ -11,6 +12,7 @@ from toy_runs import make_teacher, rows_of, stage_at
 from add import Discriminator, DiscriminatorHeads
 from common.augment import AUGMENTATIONS
 from toy import features as toy_features
+from toy import pretrained
 from toy.data import Dataset, to_float
 from toy.networks import ViT
 
@@ -162,7 +164,7 @@ class HubModel(nn.Module):
 
 def test_dinov2_reads_the_embedding_and_blocks_2_5_8_11(monkeypatch):
     monkeypatch.setattr(torch.hub, "load", lambda *_, **__: HubModel())
-    network = toy_features.DinoV2()
+    network = pretrained.DinoV2()
     images = torch.zeros(2, 1, 32, 32)
     maps = network(images)
     assert network.network.seen.shape == (2, 3, 112, 112)
@@ -175,12 +177,37 @@ def test_dinov2_reads_the_embedding_and_blocks_2_5_8_11(monkeypatch):
     assert network.summary(images).shape == (2, 384)
 
 
-def test_dinov2_without_a_network_says_what_to_do(monkeypatch):
+def test_efficientnet_reads_four_resolutions(monkeypatch):
+    """On random weights: its tokens are torchvision's features at strides 4 to 32, and an image's
+    gradient reaches every pixel."""
+    build = torchvision.models.efficientnet_b0
+    monkeypatch.setattr(torchvision.models, "efficientnet_b0", lambda weights: build())
+    network = pretrained.EfficientNet().eval()
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    maps = network(images)
+    shapes = [(2, 256, 96), (2, 256, 40), (2, 64, 112), (2, 16, 320)]
+    assert [m.shape for m in maps] == shapes and network.channels == [96, 40, 112, 320]
+    deep = network.network.features[:8](network.prepare(images, 128))
+    torch.testing.assert_close(maps[3], deep.flatten(2).mT)
+    torch.testing.assert_close(network.summary(images), deep.mean((2, 3)))
+    (gradient,) = torch.autograd.grad(maps[3].square().sum(), images)
+    assert (gradient != 0).all()
+    assert network(torch.zeros(1, 1, 32, 32))[0].shape == (1, 256, 96)  # grey ones, too
+
+
+@pytest.mark.parametrize(
+    "name, network, load",
+    [
+        ("dinov2", pretrained.DinoV2, (torch.hub, "load")),
+        ("efficientnet", pretrained.EfficientNet, (torchvision.models, "efficientnet_b0")),
+    ],
+)
+def test_without_the_internet_a_pretrained_f_says_what_to_do(monkeypatch, name, network, load):
     def fail(*_, **__):
         raise OSError("no route to host\nmore")
 
-    monkeypatch.setattr(torch.hub, "load", fail)
-    says = r"--features dinov2.*no route to host.*--features teacher"
+    monkeypatch.setattr(*load, fail)
+    says = rf"--features {name}.*no route to host.*--features teacher"
     with pytest.raises(ValueError, match=says) as error:
-        toy_features.DinoV2()
+        network()
     assert "\n" not in str(error.value)
