@@ -58,7 +58,7 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), help="default: gpu with CUDA or MPS, else cpu"
+        "--preset", choices=tuple(PRESETS), default="cpu", help="default: cpu, on a GPU, too"
     )
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/DATASET-PRESET")
@@ -102,10 +102,10 @@ def set_threads(count):
         torch.set_num_threads(count)
 
 
-def configure(arguments, given, device):
+def configure(arguments, given):
     """(settings, preset, run folder): from the preset and the flags, or on --resume from the
     folder's config.json."""
-    preset = arguments.preset or ("cpu" if device.type == "cpu" else "gpu")
+    preset = arguments.preset
     settings = Settings(**PRESETS[preset] | given)
     folder = arguments.out or Path("runs") / f"{settings.dataset}-{preset}"
     config = folder / "config.json"
@@ -205,7 +205,7 @@ def draw(folder, data, settings, teacher, started, student, results, device):
 def run(arguments, given):
     """The whole job; returns (run folder, results, preset)."""
     device = pick_device(arguments.device)
-    settings, preset, folder = configure(arguments, given, device)
+    settings, preset, folder = configure(arguments, given)
     set_threads(arguments.threads)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     if settings.deterministic:

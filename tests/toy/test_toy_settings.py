@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
 from hypothesis import given, settings, strategies
 from trust import assert_takes_a_value_or_names_itself
 
@@ -66,7 +65,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_flag_takes_a_value_or_names_itself(name, capsys):
     def configure(argv):
-        return run.configure(*run.parse_arguments(argv), torch.device("cpu"))[0]
+        return run.configure(*run.parse_arguments(argv))[0]
 
     assert_takes_a_value_or_names_itself(FIELDS[name], configure, capsys)
 
