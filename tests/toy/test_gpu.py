@@ -1,11 +1,13 @@
 """What only a GPU shows: python -m pytest -m gpu -n 0"""
 
 import json
+import warnings
 
 import pytest
 import torch
 
 from toy import bench, distil, graphs, run, teacher
+from toy.settings import PRESETS, Settings
 
 pytestmark = pytest.mark.gpu
 TINY = "--preset tiny --dataset glyphs --device cuda --precision fp32 --deterministic true".split()
@@ -96,6 +98,23 @@ def test_a_recorded_function_is_replayed_with_new_arguments_and_new_draws():
     same = torch.Generator(device).manual_seed(0)
     for x in zeros:
         assert torch.equal(x, torch.randn(1000, device=device, generator=same))
+
+
+def test_a_step_waits_for_the_device_only_to_check_losses_and_gradients():
+    """Twice for each half, and once for the batch's place in the data: no weight may move after a
+    loss that is not finite. Nothing else waits."""
+    step = bench.Bench(Settings(**PRESETS["tiny"]), torch.device("cuda")).step
+    for _ in range(graphs.WARM_UP + 2):
+        step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "synchronizing" in str(w.message)]
+    assert 4 <= len(waits) <= 5
 
 
 def test_the_log_counts_memory_of_the_gpu(recorded):
