@@ -14,7 +14,8 @@ def recorded(device, generators=(), modules=()):
     call. Without CUDA the function stays what it is.
 
     The function may not wait for the GPU, and draws from `generators` alone. It may change buffers
-    of `modules`. Arguments that are not tensors stay those of the first call.
+    of `modules`. Arguments that are not tensors stay those of the first call; they may hold the
+    results of another recorded function, whose every call overwrites them in place.
     """
     if device.type != "cuda":
         return lambda function: function
@@ -47,7 +48,7 @@ class Recorded:
             for _ in range(WARM_UP):
                 self.function(*self.arguments)
         torch.cuda.current_stream().wait_stream(stream)
-        for buffer, value in zip(self.buffers, buffers, strict=True):  # training has not begun
+        for buffer, value in zip(self.buffers, buffers, strict=True):  # as before the warm-up
             buffer.copy_(value)
         self.graph = torch.cuda.CUDAGraph()
         for generator, state in zip(self.generators, states, strict=True):
