@@ -215,7 +215,7 @@ def test_a_resumed_auto_run_keeps_its_data_and_its_precision(tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind, flip", [("cifar10", "true"), ("glyphs", "false")])
 def test_cifar10_is_mirrored_unless_told_otherwise(tmp_path, monkeypatch, kind, flip):
-    images, labels = torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.arange(2)
+    images, labels = torch.zeros(20, 1, 32, 32, dtype=torch.uint8), torch.arange(20) % 2
     small = data.Dataset("small", images, labels, images, labels, ("a", "b"), kind)
     monkeypatch.setattr(data, "load", lambda *_, **__: small)
     monkeypatch.delattr(run, "make_features")
