@@ -214,17 +214,16 @@ def parts_of(row):
     return timing.table(head, rows)
 
 
-def write_page(arguments, settings, device, rates, gpu, measured):
-    """Keep and return the lines of the page."""
-    command = " ".join(["python full/bench.py", *arguments.argv])
+def write_page(out, origin, settings, rates, gpu, measured):
+    """Keep and return the lines of the page; origin has command, machine and commit."""
     lines = [
-        f"`{command}`, {machine(device)}, {settings.precision}, {settings.resolution} px, "
-        f"commit {commit()}.",
+        f"`{origin['command']}`, {origin['machine']}, {settings.precision}, "
+        f"{settings.resolution} px, commit {origin['commit']}.",
         "",
-        f"Whole iterations: medians and quartiles of {arguments.iterations}. Parts: one iteration "
-        "that waits for the device between them, so that their sum is more than the whole. Share "
-        "of the limit: the time that the arithmetic takes at the rate of a matrix product measured "
-        f"here ({rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
+        "Whole iterations: medians and quartiles. Parts: one iteration that waits for the device "
+        "between them, so that their sum is more than the whole. Share of the limit: the time that "
+        "the arithmetic takes at the rate of a matrix product measured here "
+        f"({rates['bf16'] / 1e12:.3g} TFLOP/s in {settings.precision}, "
         f"{rates['tf32'] / 1e12:.3g} in float32), over the measured time. What checkpointing "
         "computes twice counts twice.",
         "",
@@ -233,16 +232,13 @@ def write_page(arguments, settings, device, rates, gpu, measured):
     ]
     if divided := [row for row in measured if row.get("parts")]:
         lines += [*parts_of(divided[-1]), ""]
-    stored = {
-        "command": command,
-        "machine": machine(device),
-        "commit": commit(),
+    stored = origin | {
         "flops_per_second": rates,
         "gpu": gpu,
         "settings": dataclasses.asdict(settings),
         "batches": measured,
     }
-    timing.keep(arguments.out, stored, lines)
+    timing.keep(out, stored, lines)
     return lines
 
 
@@ -259,16 +255,23 @@ def run(arguments, given):
         device, measured = bench.device, []
         rates, gpu = limits(device, settings.precision), gpu_of(device)
         plan = Plan(settings, 1, gpu)
+        origin = {  # before a page that git knows is changed
+            "command": " ".join(["python full/bench.py", *arguments.argv]),
+            "machine": machine(device),
+            "commit": commit(),
+        }
         for batch in arguments.batches:
             try:
-                measured.append(bench.time(batch, arguments.iterations))
-                bench.beside_the_plan(measured[-1], plan, rates)
+                row = bench.time(batch, arguments.iterations)
             except torch.OutOfMemoryError:
-                measured.append({"batch": batch, "failed": "out of memory"})
+                row = {"batch": batch, "failed": "out of memory"}
             except RuntimeError as error:  # a kernel that takes no tensor so large
-                measured.append({"batch": batch, "failed": brief(error)})
-            lines = write_page(arguments, settings, device, rates, gpu, measured)
-            if "failed" in measured[-1]:
+                row = {"batch": batch, "failed": brief(error)}
+            else:
+                bench.beside_the_plan(row, plan, rates)
+            measured.append(row)
+            lines = write_page(arguments.out, origin, settings, rates, gpu, measured)
+            if "failed" in row:
                 break
     print("\n".join(lines))
 

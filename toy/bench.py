@@ -401,14 +401,14 @@ def main(argv=None):
         precision = "bf16" if has_bf16(device) else "fp32"
         settings = Settings(**PRESETS[arguments.preset] | {"precision": precision})
         bench = Bench(settings, device)
-        lines = [f"`{command}`, {machine(device)}, {precision}, commit {commit()}."]
-        lines += ["Medians and quartiles.", ""]
         stored = {
             "command": command,
             "machine": machine(device),
             "commit": commit(),
             "precision": precision,
         }
+        lines = [f"`{command}`, {stored['machine']}, {precision}, commit {stored['commit']}."]
+        lines += ["Medians and quartiles.", ""]
         for name in arguments.only:
             section = SECTIONS[name]
             stored[name], rows = section(bench, arguments.repeats)

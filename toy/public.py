@@ -78,13 +78,13 @@ def fetch(name, shape):
             "name one of the Hub or a folder, or leave the flag out"
         ) from error
     timesteps = pipe.scheduler.config.num_train_timesteps
-    zero = pipe.scheduler.config.rescale_betas_zero_snr and prediction == "epsilon"
+    rescaled = pipe.scheduler.config.get("rescale_betas_zero_snr")  # not every scheduler has it
     for unfit, what in (
         (config.class_embed_type or config.num_class_embeds, "has classes"),
         (config.out_channels != config.in_channels, "predicts variances, too"),
         (config.center_input_sample, "centres its input (center_input_sample)"),
         (timesteps != 1000, f"has {timesteps} timesteps, not 1000"),
-        (zero, "predicts epsilon at zero terminal SNR"),
+        (rescaled and prediction == "epsilon", "predicts epsilon at zero terminal SNR"),
     ):
         if unfit:
             raise ValueError(f"--teacher {name}: {what}; name a pipeline that is not so")
