@@ -38,7 +38,7 @@ def make_student(teacher, settings, second=None):
         network, widths = teacher.network, settings.distil_widths or settings.teacher_widths
         size = dataclasses.replace(settings, teacher_widths=widths)
         channels = network.stem.in_channels // network.patch**2
-        torch.manual_seed(settings.seed + 4)
+        torch.manual_seed(settings.seed_of("distil"))
         denoiser = make_denoiser(channels, network.classes, size, teacher.encode)
         denoiser = denoiser.to(teacher.schedule.alpha.device)
     for module in denoiser.requires_grad_(True).modules():
@@ -97,7 +97,7 @@ def prepare(stage, teacher, features, second=None):
     data, settings, device = stage.data, stage.settings, stage.device
     classes, steps = len(data.classes), settings.distil_steps
     student = make_student(teacher, settings, second)
-    generator = torch.Generator(device).manual_seed(settings.seed + 4)
+    generator = torch.Generator(device).manual_seed(settings.seed_of("distil"))
     add = build_add(student, teacher, features, classes, settings, device, generator)
     network, heads = student.denoiser.network, add.discriminator.heads
     ema = make_ema(network, settings.distil_batch, settings.distil_ema)
@@ -110,7 +110,7 @@ def prepare(stage, teacher, features, second=None):
     ]
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     flip = settings.flip == "true"
-    batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, flip)
+    batches = Batches(images, labels, settings.distil_batch, settings.seed_of("distil"), flip)
     generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
 
     # ADD.step in its two halves, each of which a GPU records.
@@ -163,7 +163,7 @@ def distil(stage, teacher, features, second=None):
     """(student with the EMA weights, seconds); also writes folder/student.pt, all that
     toy/sample.py needs. second: see make_student."""
     data, settings = stage.data, stage.settings
-    torch.manual_seed(settings.seed + 4)
+    torch.manual_seed(settings.seed_of("distil"))
     student, parts, step = prepare(stage, teacher, features, second)
     seconds = run_loop(stage, "ADD", parts, step, settings.distil_steps)
     network = student.denoiser.network

@@ -29,7 +29,7 @@ class Scorer:
         self.data, self.settings, self.device = data, settings, device
         self.metric_net, n = metric_net, settings.eval_images
         self.labels = balanced_labels(n, len(data.classes), device)
-        self.noise = noise_for(n, data.train_images.shape[1:], settings.seed + 5, device)
+        self.noise = noise_for(n, data.train_images.shape[1:], settings.seed_of("noise"), device)
         test = to_float(data.test_images)
         self.test_features, predicted = embed(metric_net, test, device)
         self.accuracy = (predicted == data.test_labels).float().mean().item()
@@ -87,7 +87,7 @@ class Scorer:
     def sampled(self, sample, steps, name):
         """A row of sample(noise, labels, steps, generator=…), which evaluates a network once a
         step."""
-        seed = self.settings.seed + 6
+        seed = self.settings.seed_of("steps")
 
         def draw():
             with torch.no_grad():
@@ -141,7 +141,7 @@ def add_fid(fid, results, data, settings, teacher, student, device):
     inception_images generated images against all training images."""
     n, shape = settings.inception_images, data.train_images.shape[1:]
     labels = balanced_labels(n, len(data.classes), device)
-    noise = noise_for(n, shape, settings.seed + 7, device)
+    noise = noise_for(n, shape, settings.seed_of("fid"), device)
 
     def update(images, real):
         for chunk in images.split(100):
@@ -153,7 +153,7 @@ def add_fid(fid, results, data, settings, teacher, student, device):
         if row is best:
             images = sample_teacher(teacher, noise, labels, row["steps"], row["guidance"])
         else:
-            images = sample_student(student, noise, labels, row["steps"], settings.seed + 8)
+            images = sample_student(student, noise, labels, row["steps"], settings.seed_of("steps"))
         fid.reset()
         update(to_uint8(images), real=False)
         row["fid"] = float(fid.compute())

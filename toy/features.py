@@ -39,7 +39,7 @@ class TeacherEncoder(nn.Module):
     def __init__(self, teacher, seed):
         super().__init__()
         self.teacher, network = teacher.eval(), teacher.network
-        self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed + 2)
+        self.generator = torch.Generator(teacher.schedule.alpha.device).manual_seed(seed)
         channels = network.map_channels
         self.finest = network.blocks  # how many maps have the finest resolution
         self.channels = [4 * c for c in channels[: self.finest]] + channels[self.finest :]
@@ -83,7 +83,7 @@ def make_features(stage):
 def make_network(stage):
     """An untrained F for the data, on the device."""
     data, settings = stage.data, stage.settings
-    torch.manual_seed(settings.seed + 2)
+    torch.manual_seed(settings.seed_of("features"))
     channels, size, width = *data.train_images.shape[1:3], settings.features_width
     if settings.features == "convolutional":
         return ConvNet(channels, width).to(stage.device)
@@ -111,8 +111,8 @@ def train(stage, networks, loss_of):
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
     steps = settings.features_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 2)
-    generator = torch.Generator(device).manual_seed(settings.seed + 2)
+    batches = Batches(data.train_images, data.train_labels, 128, settings.seed_of("features"))
+    generator = torch.Generator(device).manual_seed(settings.seed_of("features"))
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))

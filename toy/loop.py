@@ -138,76 +138,116 @@ def run_loop(stage, label, parts, step, steps, *, log_every=10):
     A step that raises FloatingPointError, or returns what is not finite, ends the run with a
     TrainingError. The first skip_nonfinite that only raise are counted in the log instead.
     """
-    folder, settings = stage.folder, stage.settings
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "checkpoint.pt"
-    start, seconds, length, window = 0, 0.0, 0, Window([], 0)
-    state = read_last(path)
-    if state and state.get("key") == stage.key:
+    loop = Loop(stage, label, parts, step, steps)
+    loop.run(log_every)
+    return loop.seconds()
+
+
+class Loop:
+    """What run_loop keeps between steps."""
+
+    def __init__(self, stage, label, parts, step, steps):
+        self.stage, self.label, self.parts, self.step, self.steps = stage, label, parts, step, steps
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        self.path = stage.folder / "checkpoint.pt"
+        self.start, self.seconds_before, self.window = 0, 0.0, Window([], 0)
+        self.saved_step = None  # of the last checkpoint under the stage's key
+        length = self.resume()
+        self.log = Log(stage.folder / "log.csv", length)
+        self.began = self.saved = time.time()
+
+    def seconds(self):
+        """Spent in the loop, with what a run that was stopped had spent."""
+        return self.seconds_before + time.time() - self.began
+
+    def resume(self):
+        """Take everything from the last complete checkpoint, if it has the stage's key. Returns the
+        log's length in bytes there, or 0."""
+        state = read_last(self.path)
+        if not state or state.get("key") != self.stage.key:
+            return 0
         try:
-            start, seconds, length = int(state["step"]), float(state["seconds"]), int(state["log"])
-            window = Window(list(state["pending"]), int(state["skipped"]))
-            for name, part in parts.items():
+            self.start = self.saved_step = int(state["step"])
+            self.seconds_before, length = float(state["seconds"]), int(state["log"])
+            self.window = Window(list(state["pending"]), int(state["skipped"]))
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise TrainingError(
-                f"{path} does not fit this version's networks; remove {folder} to start over"
+                f"{self.path} does not fit this version's networks; remove {self.stage.folder} to "
+                "start over"
             ) from error
-    log, began, saved = Log(folder / "log.csv", length), time.time(), time.time()
-    saved_step = start if length else None  # of the last checkpoint under this key
+        return length
 
-    def checkpoint(done):
+    def checkpoint(self, done):
+        """Write what resume reads, after that many steps."""
         progress = {
-            "key": stage.key,
+            "key": self.stage.key,
             "step": done,
-            "finished": done == steps,
-            "seconds": seconds + time.time() - began,
-            "log": log.length(),
-            "pending": window.pending,
-            "skipped": window.skipped,
+            "finished": done == self.steps,
+            "seconds": self.seconds(),
+            "log": self.log.length(),
+            "pending": self.window.pending,
+            "skipped": self.window.skipped,
         }
-        write(path, progress | {name: part.state_dict() for name, part in parts.items()})
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.path, progress | parts)
+        self.saved, self.saved_step = time.time(), done
 
-    def attempt(i):
+    def attempt(self, i):
+        """Step i, whose values go to the log unless it may be skipped."""
         try:
-            values = step(i)
+            values = self.step(i)
         except FloatingPointError as error:
-            if window.skipped >= settings.skip_nonfinite:
-                raise bad(i, error) from error
-            window.skipped += 1
+            if self.window.skipped >= self.stage.settings.skip_nonfinite:
+                raise self.error(i, error) from error
+            self.window.skipped += 1
             return
         if values:  # all of them in one copy from the device
             together = torch.stack([v.detach().float() for v in values.values()]).cpu()
             values = dict(zip(values, together, strict=True))
         # Something other than a loss or its gradient is seen when the step is done.
         if infinite := [f"{k} is {v.item()}" for k, v in values.items() if not v.isfinite()]:
-            raise bad(i, ", ".join(infinite))
-        window.pending.append(values)
+            raise self.error(i, ", ".join(infinite))
+        self.window.pending.append(values)
 
-    def bad(i, what):
-        last = "none was written yet" if saved_step is None else f"{path} is of step {saved_step}"
+    def error(self, i, what):
+        """The TrainingError of step i."""
+        last = "none was written yet"
+        if self.saved_step is not None:
+            last = f"{self.path} is of step {self.saved_step}"
         return TrainingError(
-            f"{label}, step {i + 1}: {what}; the last good checkpoint: {last}; "
+            f"{self.label}, step {i + 1}: {what}; the last good checkpoint: {last}; "
             "--skip-nonfinite N lets N such steps go by"
         )
 
-    with postponed_signals() as stopped:
-        left, pace = range(start, steps), dict(mininterval=1, smoothing=0.05)
-        bar = tqdm(left, initial=start, total=steps, desc=label, **pace)
-        for i in bar:
-            attempt(i)
-            window.count += 1
-            done = i + 1
-            if (done % log_every == 0 or done == steps) and (row := window.row(stage.device)):
-                log.add({"step": done} | row)
-                hidden = CLOCKED if row["nonfinite"] else (*CLOCKED, "nonfinite")
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in hidden})
-            if stopped or done == steps or time.time() - saved > settings.checkpoint_seconds:
-                checkpoint(done)
-                saved, saved_step = time.time(), done
-            if stopped:
-                raise Stopped(stopped[0])
-    return seconds + time.time() - began
+    def run(self, log_every):
+        """All steps that are left."""
+        with postponed_signals() as stopped:
+            left, pace = range(self.start, self.steps), dict(mininterval=1, smoothing=0.05)
+            bar = tqdm(left, initial=self.start, total=self.steps, desc=self.label, **pace)
+            for i in bar:
+                self.attempt(i)
+                self.window.count += 1
+                done = i + 1
+                last = done == self.steps
+                if done % log_every == 0 or last:
+                    self.add_row(done, bar)
+                if stopped or last or self.overdue():
+                    self.checkpoint(done)
+                if stopped:
+                    raise Stopped(stopped[0])
+
+    def overdue(self):
+        """Whether the last checkpoint is older than checkpoint_seconds."""
+        return time.time() - self.saved > self.stage.settings.checkpoint_seconds
+
+    def add_row(self, done, bar):
+        """The window's means go to the log and the progress bar."""
+        if row := self.window.row(self.stage.device):
+            self.log.add({"step": done} | row)
+            hidden = CLOCKED if row["nonfinite"] else (*CLOCKED, "nonfinite")
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k not in hidden})
 
 
 def read_log(path):

@@ -28,7 +28,7 @@ def train_metric_net(stage):
     """The classifier whose features the metrics use, trained on the training images; returns
     (network, seconds)."""
     data, settings, device = stage.data, stage.settings, stage.device
-    torch.manual_seed(settings.seed + 1)
+    torch.manual_seed(settings.seed_of("metric"))
     channels, classes = data.train_images.shape[1], len(data.classes)
     network = MetricNet(channels, classes, settings.metric_width, settings.metric_depth).to(device)
     network(to_float(data.train_images[:2]).to(device))  # gives the lazy layer its size
@@ -36,8 +36,8 @@ def train_metric_net(stage):
     steps = settings.metric_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     flip = settings.flip == "true"
-    batches = Batches(data.train_images, data.train_labels, 128, settings.seed + 1, flip)
-    generator = torch.Generator(device).manual_seed(settings.seed + 1)
+    batches = Batches(data.train_images, data.train_labels, 128, settings.seed_of("metric"), flip)
+    generator = torch.Generator(device).manual_seed(settings.seed_of("metric"))
 
     def step(i):
         images, labels = (x.to(device) for x in next(batches))

@@ -44,11 +44,13 @@ def comparison(path, teacher, started, student, data, settings, guidance, device
     """Teacher and student from the same noise, a row for a class, several images of each."""
     classes = min(10, len(data.classes))
     labels = torch.arange(classes, device=device).repeat_interleave(each)
-    noise = noise_for(len(labels), data.train_images.shape[1:], settings.seed + 7, device)
+    noise = noise_for(
+        len(labels), data.train_images.shape[1:], settings.seed_of("pictures"), device
+    )
     steps = settings.eval_steps[-1]
     real = torch.cat([data.test_images[data.test_labels == c][:each] for c in range(classes)])
     many = sample_teacher(teacher, noise, labels, steps, guidance)
-    before = sample_student(started, noise, labels, 1, settings.seed + 6)
+    before = sample_student(started, noise, labels, 1, settings.seed_of("steps"))
     panels = [
         ("real test images", to_float(real)),
         (f"teacher, {steps} steps, guidance {guidance:g}", many),
@@ -57,7 +59,7 @@ def comparison(path, teacher, started, student, data, settings, guidance, device
     ]
     for k in (1, 2, 4):
         if k <= len(student.timesteps):
-            images = sample_student(student, noise, labels, k, settings.seed + 6)
+            images = sample_student(student, noise, labels, k, settings.seed_of("steps"))
             panels.append((f"ADD student, {k} step{'s' * (k > 1)}", images))
     figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 0.38 * classes + 0.4))
     for axis, (title, images) in zip(axes, panels, strict=True):
@@ -69,9 +71,9 @@ def comparison(path, teacher, started, student, data, settings, guidance, device
 def refinement(path, student, data, settings, device, columns=10):
     """The student's estimate after each of its n steps, from one noise (Fig. 4 of the paper)."""
     labels = torch.arange(columns, device=device) % len(data.classes)
-    noise = noise_for(columns, data.train_images.shape[1:], settings.seed + 8, device)
+    noise = noise_for(columns, data.train_images.shape[1:], settings.seed_of("pictures"), device)
     states, decode = [noise], student.denoiser.decode
-    generator = torch.Generator(device).manual_seed(settings.seed)
+    generator = torch.Generator(device).manual_seed(settings.seed_of("steps"))
     student.sample(
         noise,
         labels,
@@ -91,7 +93,7 @@ def targets(path, student, teacher, data, settings, device, columns=10):
     asks for."""
     picked = [int((data.test_labels == c % len(data.classes)).nonzero()[0]) for c in range(columns)]
     x_0, labels = to_float(data.test_images[picked]).to(device), data.test_labels[picked].to(device)
-    noise = noise_for(columns, x_0.shape[1:], settings.seed + 9, device)
+    noise = noise_for(columns, x_0.shape[1:], settings.seed_of("pictures"), device)
     s = student.tau[torch.arange(columns, device=device) % len(student.timesteps)]
     x_s = student.diffuse(teacher.encode(x_0), noise, s)
     x_hat = student(x_s, s, labels)

@@ -185,7 +185,7 @@ def train(stage, settings):
     if other := settings.for_second_teacher:
         made = dataclasses.replace(stage("second"), settings=other)
         second, seconds["second teacher"] = make_teacher(made)
-    features = features or TeacherEncoder(teacher, settings.seed)
+    features = features or TeacherEncoder(teacher, settings.seed_of("features"))
     started = make_student(teacher, settings, second).eval()
     student, seconds["ADD"] = distil(stage("distil"), teacher, features, second)
     return metric_net, teacher, started, student, seconds

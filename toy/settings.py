@@ -16,6 +16,9 @@ from common.flags import check_choices, check_limits, flag, option, show
 DATASETS = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 FEATURES = ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional")
 FEATURES += ("dinov2", "efficientnet")  # pretrained
+# What is drawn, each with a seed of its own: --seed plus its place here.
+DRAWS = ("data", "metric", "features", "teacher", "distil")  # by the stages
+DRAWS += ("noise", "steps", "pictures", "fid", "pairs")
 COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 
 
@@ -182,6 +185,11 @@ class Settings:
     inception_images: int = option(
         10_000, "generated images that an FID is taken from", limits=(20, 10**6)
     )
+
+    def seed_of(self, draws):
+        """The seed of one of DRAWS. "noise" is of the images that are scored, "steps" of the fresh
+        noise in a student's further steps, "pairs" of those of rivals/pairs.py."""
+        return self.seed + DRAWS.index(draws)
 
     @property
     def for_second_teacher(self):

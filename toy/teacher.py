@@ -93,7 +93,7 @@ def make_teacher(stage):
 def train_teacher(stage):
     """(Denoiser with the EMA weights, seconds)."""
     data, settings, device = stage.data, stage.settings, stage.device
-    torch.manual_seed(settings.seed + 3)
+    torch.manual_seed(settings.seed_of("teacher"))
     classes, steps = len(data.classes), settings.teacher_steps
     standardize = Standardize.of(to_float(data.train_images))
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
@@ -103,8 +103,8 @@ def train_teacher(stage):
     lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     flip, share = settings.flip == "true", settings.teacher_label_dropout
-    batches = Batches(images, labels, settings.teacher_batch, settings.seed + 3, flip)
-    generator = torch.Generator(device).manual_seed(settings.seed + 3)
+    batches = Batches(images, labels, settings.teacher_batch, settings.seed_of("teacher"), flip)
+    generator = torch.Generator(device).manual_seed(settings.seed_of("teacher"))
 
     @recorded(device, generators=[generator])
     def gradient(images, labels):

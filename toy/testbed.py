@@ -60,7 +60,7 @@ class Testbed:
         teacher, other = self.teacher(settings), settings.for_second_teacher
         second = self.teacher(other) if other else None
         features, _ = make_features(self.stage("features", settings))
-        features = features or TeacherEncoder(teacher, settings.seed)
+        features = features or TeacherEncoder(teacher, settings.seed_of("features"))
         return self.stage("distil", settings), teacher, features, second
 
     def add(self, counts=STEPS, **changes):

@@ -53,7 +53,7 @@ class Curve:
 def train(bed, every):
     """(Curve of an ADD training, its stage)."""
     stage, teacher, features, second = bed.ingredients(bed.settings)
-    torch.manual_seed(stage.settings.seed + 4)
+    torch.manual_seed(stage.settings.seed_of("distil"))
     student, parts, add_step = prepare(stage, teacher, features, second)
     average, curve, steps = copy.deepcopy(student).eval(), Curve(), stage.settings.distil_steps
     average.denoiser.network = parts["ema"].module.eval()

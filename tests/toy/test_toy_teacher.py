@@ -83,7 +83,7 @@ def test_add_is_given_the_batches_as_they_come_mirrored_if_asked(tmp_path, monke
     data = Dataset("noise", images, labels, images, labels, ("a", "b", "c"))
     teacher, stage = make_teacher(), stage_at(tmp_path, data=data, **own)
     distil(stage, teacher, TeacherEncoder(teacher, 0))
-    expected = Batches(images, labels, 6, stage.settings.seed + 4, flip=True)
+    expected = Batches(images, labels, 6, stage.settings.seed_of("distil"), flip=True)
     for batch, (x_0, label) in zip(seen, expected, strict=False):
         assert torch.equal(batch.x_0, x_0) and torch.equal(batch.cond, label)
     assert len(seen) == 3

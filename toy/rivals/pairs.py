@@ -27,7 +27,7 @@ class Pairs:
 def draw_pairs(stage, teacher, guidance, seconds, clock=time.perf_counter):
     """Pairs, drawn in batches until that many seconds are over, one batch at the least."""
     device, classes = stage.device, len(stage.data.classes)
-    generator = torch.Generator(device).manual_seed(stage.settings.seed + 9)
+    generator = torch.Generator(device).manual_seed(stage.settings.seed_of("pairs"))
     shape, drawn, began = stage.data.train_images.shape[1:], [], clock()
     while not drawn or clock() - began < seconds:
         noise = torch.randn(BATCH, *shape, device=device, generator=generator)

@@ -32,7 +32,8 @@ class Training:
 
     def __init__(self, stage, teacher, lr, steps, guidance=1.0):
         data, settings, device = stage.data, stage.settings, stage.device
-        torch.manual_seed(settings.seed + 4)
+        seed = settings.seed_of("distil")
+        torch.manual_seed(seed)
         self.settings, self.device, self.base_lr, self.steps = settings, device, lr, steps
         self.teacher, self.guidance, self.schedule = teacher, guidance, teacher.schedule
         self.student = make_student(teacher, settings).to(device)
@@ -40,8 +41,8 @@ class Training:
         self.network = self.denoiser.network
         images, labels = data.train_images.to(device), data.train_labels.to(device)
         flip = settings.flip == "true"
-        self.batches = Batches(images, labels, settings.distil_batch, settings.seed + 4, flip)
-        self.generator = torch.Generator(device).manual_seed(settings.seed + 4)
+        self.batches = Batches(images, labels, settings.distil_batch, seed, flip)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.parts = {"network": self.network}
         self.start(steps)
 
