@@ -10,7 +10,7 @@ from trust import assert_takes_a_value_or_names_itself
 
 from common.flags import add_flags, flag, from_dict, show
 from toy import run
-from toy.settings import PRESETS, STAGES, Settings, stage_key
+from toy.settings import DRAWS, PRESETS, STAGES, Settings, stage_key
 
 
 def key(stage, **changes):
@@ -48,6 +48,18 @@ def test_a_second_teacher_is_the_teacher_of_a_run_with_its_widths():
     second = key("second", distil_widths=(8, 16))
     assert second == key("teacher", teacher_widths=(8, 16), distil_widths=(8, 16))
     assert second == key("teacher", teacher_widths=(8, 16))
+
+
+def test_every_kind_of_draws_has_a_seed_of_its_own():
+    seeds = {draws: Settings(seed=100).seed_of(draws) for draws in DRAWS}
+    assert sorted(seeds.values()) == list(range(100, 110))
+    # Kept results were drawn with these.
+    assert (seeds["metric"], seeds["teacher"], seeds["distil"], seeds["noise"]) == (
+        101,
+        103,
+        104,
+        105,
+    )
 
 
 def test_settings_survive_json_and_unknown_ones_are_refused():
