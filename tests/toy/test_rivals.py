@@ -396,7 +396,7 @@ def test_dmd2_moves_generated_images_from_the_fake_to_the_real_estimate(tmp_path
     x_hat = torch.randn(4, 1, 8, 8, requires_grad=True)
     real, fake = torch.randn(2, 4, 1, 8, 8)
     monkeypatch.setattr(training, "generate", lambda *_: x_hat)
-    monkeypatch.setattr(training, "of_teacher", lambda *_: (real, None))
+    monkeypatch.setattr(training, "teacher", lambda *_: real)  # without guidance
     monkeypatch.setattr(training, "fake", lambda *_: fake)
     monkeypatch.setattr(dmd2, "GENERATOR_GAN", 0.0)
     (loss,) = training.generator_loss(*next(training.batches))

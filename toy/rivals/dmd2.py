@@ -6,9 +6,11 @@ were real, and a fake-score network, trained on generated images, as what they a
 follows the difference. A logit head on the fake-score network's encoder tells diffused real images
 from diffused generated ones.
 
-On ImageNet the paper moves the fake-score network 5 times an update of the generator. Here it is
-twice, which gives the generator about twice as many updates in the same time. Both GAN weights are
-the paper's on ImageNet.
+The settings are the paper's on ImageNet: the weights of the GAN, and no guidance of the teacher.
+Two things depart, both tried (toy/experiments.md). The paper moves the fake-score network 5 times
+an update of the generator; here it is twice, which gives the generator about twice as many updates
+in the same time. And for several steps the paper draws the generator's inputs by sampling; here
+they are ADD's.
 """
 
 import torch
@@ -71,7 +73,7 @@ class DMD2(Training):
         x_t = self.schedule.diffuse(x_hat, randn_like(x_hat, self.generator), t)
         self.critic.requires_grad_(False)
         with torch.no_grad():
-            real = self.of_teacher(x_t, t, labels)[0]
+            real = self.teacher(x_t, t, labels)
             fake = self.fake(x_t, t, labels)
             moved = x_hat - matching_gradient(x_hat, real, fake)
         matching = (x_hat - moved).square().mean() / 2
