@@ -7,10 +7,10 @@ follows the difference. A logit head on the fake-score network's encoder tells d
 from diffused generated ones.
 
 The settings are the paper's on ImageNet: the weights of the GAN, and no guidance of the teacher.
-Two things depart, both tried (toy/experiments.md). The paper moves the fake-score network 5 times
-an update of the generator; here it is twice, which gives the generator about twice as many updates
-in the same time. And for several steps the paper draws the generator's inputs by sampling; here
-they are ADD's.
+Two things depart. The paper moves the fake-score network 5 times an update of the generator; here
+it is twice, which gives the generator about twice as many updates in the same time. And for several
+steps the paper draws the generator's inputs by sampling, which did not help here
+(toy/experiments.md); they are ADD's.
 """
 
 import torch
