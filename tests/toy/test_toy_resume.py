@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import STAGES, TINY, call, main_in_process, rows_of, start
+from toy_runs import STAGES, TINY, call, main_in_process, rows_of, stage_at, start
 from trust import kill_while_it_writes, on_a_small_disk, same
 
-from common.checkpoints import read, read_last, write
+from common.checkpoints import Stopped, read, read_last, write
 from toy import data, distil, features, metrics, run, teacher
 
 STEPS = dict(features=4, metric=4, teacher=6, distil=6)  # of the tiny preset
@@ -75,6 +75,23 @@ def test_stopped_in_every_stage_and_resumed_is_as_if_never_stopped(
         assert read(out / stage / "checkpoint.pt")["step"] == at + 1
     assert run.main(["--resume", "--out", str(out), "--device", "cpu", "--threads", "1"]) == 0
     assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "dino", "convolutional"])
+def test_an_f_that_was_stopped_ends_as_if_it_never_was(tmp_path, monkeypatch, kind):
+    labels, images = torch.arange(64) % 2, torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
+    noise = data.Dataset("noise", images, labels, images, labels, ("a", "b"))
+    own = dict(features=kind, features_steps=6, features_width=16, features_depth=1)
+    whole, cut = (stage_at(tmp_path / name, data=noise, **own) for name in ("whole", "cut"))
+    expected, _ = features.make_features(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "run_loop", stopping(features.run_loop, "cut", 2, signal.SIGINT))
+        with pytest.raises(Stopped):
+            features.make_features(cut)
+    resumed, _ = features.make_features(cut)
+    assert same(expected.state_dict(), resumed.state_dict())
+    a, b = (read(stage.folder / "checkpoint.pt")["networks"] for stage in (whole, cut))
+    assert same(a, b)  # DINO's average and centre among them
 
 
 def test_the_same_command_gives_the_same_run(finished, tmp_path):
