@@ -72,6 +72,7 @@ def of_rival(name, rival):
 
 
 ADD = Method("add", "ADD", (1, 2, 4), (1e-4, 3e-4, 1e-3))
+COUNTED = {1: "one step", 2: "two steps", 4: "four steps"}
 METHODS = {
     method.name: method
     for method in (
@@ -293,28 +294,30 @@ def lines_of(cells, methods, base, seeds):
     return sorted(lines, key=lambda line: (line.method.lower(), -line.steps))
 
 
+def contested(lines):
+    """ADD's numbers of steps that another method has, too."""
+    mine = [line.steps for line in lines if line.method == ADD.title]
+    return [steps for steps in ADD.steps if steps in mine and len(ranked(lines, steps)) > 1]
+
+
 def mean(values):
     """Of {seed: figure}."""
     return statistics.mean(values.values())
 
 
-def one_step(lines):
-    """The lines of one step, the least distance first."""
-    lines = [line for line in lines if line.steps == 1]
+def ranked(lines, steps):
+    """The lines of so many steps, the least distance first."""
+    lines = [line for line in lines if line.steps == steps]
     return sorted(lines, key=lambda line: mean(line.figures["fd"]))
 
 
-def conclusion(lines):
-    """A sentence: who is best in one step, and how ADD compares."""
-    first, *others = one_step(lines)
+def conclusion(lines, steps):
+    """Sentences: who is best in one of the contested numbers of steps, and how ADD compares."""
+    first, *others = ranked(lines, steps)
     if first.method == ADD.title:
-        words, other = "is best: no rival wins", others[0] if others else None
+        words, other = "is best: no rival wins", others[0]
     else:
-        words = "wins over ADD"
-        other = next((line for line in others if line.method == ADD.title), None)
-    text = f"In one step {first.method} {words}"
-    if other is None:
-        return f"{text} ({show(first.figures['fd'])})."
+        words, other = "wins over ADD", next(x for x in others if x.method == ADD.title)
     better, worse = first.figures["fd"], other.figures["fd"]
     noise = {
         "holds": "The difference is more than noise.",
@@ -322,20 +325,21 @@ def conclusion(lines):
         "too few seeds": "One seed cannot tell whether that is noise.",
     }
     distances = f"{show(better)}; {other.method} {show(worse)}"
-    return f"{text} ({distances}). {noise[verdict(better, worse)]}"
+    text = f"In {COUNTED[steps]} {first.method} {words} ({distances})."
+    return f"{text} {noise[verdict(better, worse)]}"
 
 
 def table(lines):
-    """Lines of the Markdown table. The best row of one step is bold."""
+    """Lines of the Markdown table. The best rows of ADD's numbers of steps are bold."""
     head = ["", "steps", "ms an image", "distance, ×", "precision", "recall", "accuracy"]
     head += ["training, minutes", "learning rate"]
-    best, rows = one_step(lines)[0], []
+    best, rows = [ranked(lines, steps)[0] for steps in contested(lines)], []
     for line in lines:
         figures = [show(line.figures[f]) for f in FIGURES]
         lr = "" if line.lr is None else f"{line.lr:g}"
         milliseconds = show(line.figures["milliseconds"], 3)
         row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
-        rows.append([f"**{cell}**" if line is best and cell != "" else cell for cell in row])
+        rows.append([f"**{cell}**" if line in best and cell != "" else cell for cell in row])
     return timing.table(head, rows)
 
 
@@ -380,8 +384,8 @@ def write_page(out, cells, base, arguments, command):
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
         f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",
         "",
-        conclusion(lines),
-        *([f"No training of {', '.join(failed)} came to its end."] if failed else []),
+        *(f"- {conclusion(lines, steps)}" for steps in contested(lines)),
+        *([f"- No training of {', '.join(failed)} came to its end."] if failed else []),
         "",
         *table(lines),
         "",

@@ -539,7 +539,7 @@ def pages(folder, add, regression):
     cells, base = Cells(folder), Settings(seed=1)
     for i, seed in enumerate((1, 2)):
         mine = dataclasses.replace(base, seed=seed)
-        rows = [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")]
+        rows = [row(2.0, 50, "DDIM"), row(0.5, 4, "DDIM"), row(30.0, 1, "DDIM")]
         cells.write("teacher", mine, BED, rows, 0)
         steps = compare.ADD.steps
         write(cells, "add", 3e-4, mine, [row(add[i], k) for k in steps])
@@ -552,24 +552,30 @@ def pages(folder, add, regression):
     return compare.lines_of(cells, methods, base, [1, 2])
 
 
-def test_the_table_is_bold_where_one_step_is_best_and_says_when_a_rival_wins(tmp_path):
+def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp_path):
     lines = pages(tmp_path / "a", (1.0, 1.2), (8.0, 8.4))
     assert [(line.method, line.steps) for line in lines] == [
         ("ADD", 4), ("ADD", 2), ("ADD", 1), ("regression", 1),
-        ("teacher, DDIM", 50), ("teacher, DDIM", 1),
+        ("teacher, DDIM", 50), ("teacher, DDIM", 4), ("teacher, DDIM", 1),
     ]  # fmt: skip
     assert lines[2].figures["fd"] == {1: 0.5, 2: 0.6} and lines[2].minutes == {1: 1, 2: 1}
-    assert compare.conclusion(lines) == (
+    assert compare.contested(lines) == [1, 4]  # nobody else has two steps
+    assert compare.conclusion(lines, 1) == (
         "In one step ADD is best: no rival wins (0.55 ± 0.07; regression 4.10 ± 0.14). "
         "The difference is more than noise."
     )
     page = compare.table(lines)
     bold = [text for text in page if "**" in text]
-    assert len(bold) == 1 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
+    assert len(bold) == 2 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
+    assert bold[1].startswith("| **teacher, DDIM** | **4** |")
+    assert compare.conclusion(lines, 4) == (
+        "In four steps teacher, DDIM wins over ADD (0.25 ± 0.00; ADD 0.55 ± 0.07). "
+        "The difference is within noise."
+    )
     assert "| regression | 1 | 1.000 ± 0.000 | 4.10 ± 0.14 | 0.50 ± 0.00 |" in page[5]
     assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 |")
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
-    assert compare.conclusion(lines) == (
+    assert compare.conclusion(lines, 1) == (
         "In one step regression wins over ADD (0.85 ± 0.07; ADD 2.75 ± 2.47). "
         "The difference is within noise."
     )
@@ -604,7 +610,7 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
     assert code == 0, err
     page = (tmp_path / "compare-glyphs.md").read_text()
     assert "| teacher, DPM-Solver++(2M) | 25 |" in page and "In one step " in page
-    assert sum("**" in line for line in page.splitlines()) == 1
+    assert sum("**" in line for line in page.splitlines()) == 2
     assert (tmp_path / "compare-glyphs.png").exists() and out.endswith("compare-glyphs.md\n")
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("compare-glyphs/*")}
     rates = ("0.0003", "0.001", "0.003")
