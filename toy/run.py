@@ -163,7 +163,7 @@ def load_data(settings):
     data = datasets.load(
         settings.dataset,
         Path(settings.data_dir),
-        seed=settings.seed,
+        seed=settings.seed_of("data"),
         size=settings.size,
         limit=settings.limit or None,
         max_bad_files=settings.max_bad_files,
