@@ -51,7 +51,7 @@ from toy.testbed import (
 TUNING_SEED = 0
 SAMPLERS = {"DDIM": ddim, "DPM-Solver++(2M)": dpm_solver}  # of the teacher
 TEACHER_STEPS = (50, 25, 8, 4, 1)
-TRIAL_STEPS, WARM_UP = 12, 2  # of each phase, for a rival's pace; and how many are not counted
+TRIAL_STEPS, WARM_UP = 40, 4  # of each phase, for a rival's pace; and how many are not counted
 
 
 @dataclass(frozen=True)
@@ -329,11 +329,11 @@ def conclusion(lines, steps):
     return f"{text} {noise[verdict(better, worse)]}"
 
 
-def table(lines):
-    """Lines of the Markdown table. The best rows of ADD's numbers of steps are bold."""
+def table(lines, contests):
+    """Lines of the Markdown table. The best rows of the contested numbers of steps are bold."""
     head = ["", "steps", "ms an image", "distance, ×", "precision", "recall", "accuracy"]
     head += ["training, minutes", "learning rate"]
-    best, rows = [ranked(lines, steps)[0] for steps in contested(lines)], []
+    best, rows = [ranked(lines, steps)[0] for steps in contests], []
     for line in lines:
         figures = [show(line.figures[f]) for f in FIGURES]
         lr = "" if line.lr is None else f"{line.lr:g}"
@@ -369,6 +369,7 @@ def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are."""
     methods, seeds = wanted_methods(arguments.only), arguments.seeds
     lines, all_of = lines_of(cells, methods, base, seeds), [of_seed(base, s) for s in seeds]
+    contests = contested(lines)
     read = [find(cells, m, best_rate(cells, m, b) or 0, b) for m in methods for b in all_of]
     commits, machines = sources(read)
     failed = [m.title for m in methods if best_rate(cells, m, base) is None]
@@ -384,10 +385,10 @@ def write_page(out, cells, base, arguments, command):
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
         f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",
         "",
-        *(f"- {conclusion(lines, steps)}" for steps in contested(lines)),
+        *(f"- {conclusion(lines, steps)}" for steps in contests),
         *([f"- No training of {', '.join(failed)} came to its end."] if failed else []),
         "",
-        *table(lines),
+        *table(lines, contests),
         "",
         f"![distance over time an image]({out.name}.png)",
         "",

@@ -14,6 +14,7 @@ from common.checkpoints import one_line, read, write
 from common.flags import from_dict
 from common.health import heads_log, student_log, watch
 from toy.data import Batches
+from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import (
     GeneratorState,
@@ -93,8 +94,9 @@ def make_batch(images, labels, features, classes, settings):
 
 def prepare(stage, teacher, features, second=None):
     """(student, parts, step) for run_loop: the networks, optimisers and draws of a training, and
-    its step. second: see make_student."""
+    its step. features: F, or None for the teacher's encoder; second: see make_student."""
     data, settings, device = stage.data, stage.settings, stage.device
+    features = features or TeacherEncoder(teacher, settings.seed_of("features"))
     classes, steps = len(data.classes), settings.distil_steps
     student = make_student(teacher, settings, second)
     generator = torch.Generator(device).manual_seed(settings.seed_of("distil"))
@@ -161,7 +163,7 @@ def prepare(stage, teacher, features, second=None):
 
 def distil(stage, teacher, features, second=None):
     """(student with the EMA weights, seconds); also writes folder/student.pt, all that
-    toy/sample.py needs. second: see make_student."""
+    toy/sample.py needs. features, second: see prepare."""
     data, settings = stage.data, stage.settings
     torch.manual_seed(settings.seed_of("distil"))
     student, parts, step = prepare(stage, teacher, features, second)

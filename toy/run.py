@@ -41,7 +41,7 @@ from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student
 from toy.evaluate import evaluate
-from toy.features import TeacherEncoder, make_features
+from toy.features import make_features
 from toy.loop import Stage, TrainingError
 from toy.metrics import train_metric_net
 from toy.networks import has_bf16
@@ -185,7 +185,6 @@ def train(stage, settings):
     if other := settings.for_second_teacher:
         made = dataclasses.replace(stage("second"), settings=other)
         second, seconds["second teacher"] = make_teacher(made)
-    features = features or TeacherEncoder(teacher, settings.seed_of("features"))
     started = make_student(teacher, settings, second).eval()
     student, seconds["ADD"] = distil(stage("distil"), teacher, features, second)
     return metric_net, teacher, started, student, seconds

@@ -20,7 +20,7 @@ from common.checkpoints import write_text
 from common.origin import commit, machine
 from toy.distil import distil
 from toy.evaluate import Scorer
-from toy.features import TeacherEncoder, make_features
+from toy.features import make_features
 from toy.loop import Stage
 from toy.metrics import STUDENT_T, train_metric_net
 from toy.run import exit_code, load_data, pick_device, resolve, set_threads
@@ -56,11 +56,10 @@ class Testbed:
         return make_teacher(self.stage("teacher", settings))[0]
 
     def ingredients(self, settings):
-        """(stage, teacher, F, second teacher or None) of the ADD training of these settings."""
+        """What distil() and prepare() take for the ADD training of these settings."""
         teacher, other = self.teacher(settings), settings.for_second_teacher
         second = self.teacher(other) if other else None
         features, _ = make_features(self.stage("features", settings))
-        features = features or TeacherEncoder(teacher, settings.seed_of("features"))
         return self.stage("distil", settings), teacher, features, second
 
     def add(self, counts=STEPS, **changes):

@@ -564,7 +564,7 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
         "In one step ADD is best: no rival wins (0.55 ± 0.07; regression 4.10 ± 0.14). "
         "The difference is more than noise."
     )
-    page = compare.table(lines)
+    page = compare.table(lines, compare.contested(lines))
     bold = [text for text in page if "**" in text]
     assert len(bold) == 2 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
     assert bold[1].startswith("| **teacher, DDIM** | **4** |")
