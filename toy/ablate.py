@@ -162,6 +162,11 @@ DESIGN = [
     Claim("four timesteps in training help sampling in four steps", "default", "one-timestep", 4),
     Claim("the heads' local batch norm helps in one step", "default", "no-local-norm"),
 ]
+REMARKS = {  # below the table, if it has the row
+    "f-large": "The large F has seven heads instead of four, so the adversarial loss weighs more.",
+    "f-convolutional": "The convolutional F resembles the metric network, which may favour it.",
+    "small-small": "In group e F, the teacher's encoder, changes with the teacher.",
+}
 
 
 def wanted_rows(only):
@@ -222,6 +227,8 @@ def collect(cells, base, name, steps, figure):
 
 def title_of(row):
     """Its group's letter and title, and its own text."""
+    if row == DEFAULT:
+        return row.text
     letter, title = next((k, title) for k, (title, rows) in GROUPS.items() if row in rows)
     return f"{letter}) {title}: {row.text}"
 
@@ -233,20 +240,15 @@ def table(cells, base):
         label = f"{steps} step{'s' * (steps > 1)}"
         head += [f"distance, {label}, ×", "precision", "recall", "accuracy"]
     lines = []
-
-    def add(row, text):
-        cell = [text, len(collect(cells, base, row.name, 1, "fd"))]
-        if not cell[1]:
-            return
-        for steps in STEPS:
-            for figure in FIGURES:
-                cell.append(show(collect(cells, base, row.name, steps, figure)))
-        lines.append(cell)
-
-    add(DEFAULT, "**default**")
     for row in ROWS.values():
-        if row != DEFAULT:
-            add(row, title_of(row))
+        if seeds := len(collect(cells, base, row.name, 1, "fd")):
+            figures = [
+                show(collect(cells, base, row.name, steps, figure))
+                for steps in STEPS
+                for figure in FIGURES
+            ]
+            text = "**default**" if row == DEFAULT else f"{title_of(row)} (`{row.name}`)"
+            lines.append([text, seeds, *figures])
     return timing.table(head, lines)
 
 
@@ -257,13 +259,13 @@ def judge(claims, cells, base, head):
         rows = claim.better, claim.worse
         better, worse = (collect(cells, base, row, claim.steps, "fd") for row in rows)
         if better and worse:
-            ours = f"{claim.better} {show(better)}, {claim.worse} {show(worse)}"
+            ours = f"`{claim.better}` {show(better)}, `{claim.worse}` {show(worse)}"
             others = [
                 difference(*(collect(cells, base, row, claim.steps, figure) for row in rows))
                 for figure in ("precision", "accuracy")
             ]
             lines.append([claim.text, ours, verdict(better, worse), *others])
-    head = [head, "here: distance, ×", "", "precision, difference", "accuracy, difference"]
+    head = [head, "here: distance, ×", "verdict", "precision, difference", "accuracy, difference"]
     return timing.table(head, lines)
 
 
@@ -274,8 +276,7 @@ def draw(path, cells, base):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {"default": DEFAULT} | {title_of(row): row for row in ROWS.values() if row != DEFAULT}
-    found = [(text, collect(cells, base, row.name, 1, "fd")) for text, row in rows.items()]
+    found = [(title_of(row), collect(cells, base, row.name, 1, "fd")) for row in ROWS.values()]
     found = [(text, list(values.values())) for text, values in found if values][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(found)), layout="constrained")
     usual = found[-1][1]
@@ -304,11 +305,12 @@ def write_page(out, cells, base, arguments, command):
     fd, precision, recall, accuracy = (
         show({seed: row[name] for seed, row in rows.items()}) for name in FIGURES
     )
+    remarks = [text for name, text in REMARKS.items() if collect(cells, base, name, 1, "fd")]
     lines = [
         f"# Table 1 on {base.dataset}",
         "",
         f"`{command}` · seeds {', '.join(map(str, rows))} · {base.distil_steps} ADD iterations a "
-        f"cell · {machines} · {base.precision} · commit {commits}",
+        f"cell · {machines} · commit {commits}",
         "",
         "Every row is one change from the default run. Mean ± standard deviation over the seeds. "
         f"Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
@@ -318,18 +320,15 @@ def write_page(out, cells, base, arguments, command):
         "",
         f"![one-step distances]({out.name}.png)",
         "",
-        "In group e F, the teacher's encoder, changes with the teacher. The large F has seven "
-        "heads instead of four, so the adversarial loss weighs more. The convolutional F resembles "
-        "the metric network, which may flatter it.",
-        "",
+        *([" ".join(remarks), ""] if remarks else []),
         "## What the paper concludes",
         "",
-        "A seed's rows share their teacher and data, so two rows are compared seed by seed. A "
-        "claim holds, or does not, if the ratios of the distances differ from one beyond noise: a "
-        "t test on their logarithms, at 95 %. Beside it stand the first row's precision and "
-        "accuracy less the second's, ± the noise; what is more than noise is bold. Of so many "
-        "claims one may hold, or not, by chance. The paper's figures are FID and CLIP score on "
-        "COCO, of one training each.",
+        "Rows of the same seed share their teacher and data, so they are compared seed by seed. A "
+        "claim *holds*, or *does not hold*, if a t test on the logarithms of the ratios of the "
+        "distances says so at 95 %; otherwise it is *within noise*. The last two columns are the "
+        "first row's precision and accuracy minus the second's, ± the 95 % margin; a difference "
+        "beyond it is bold. Of so many claims one may hold, or not, by chance. The paper's "
+        "figures are FID and CLIP score on COCO, of one training each.",
         "",
         *judge(PAPER, cells, base, "the paper"),
         "",

@@ -312,12 +312,10 @@ def ranked(lines, steps):
 
 
 def conclusion(lines, steps):
-    """Sentences: who is best in one of the contested numbers of steps, and how ADD compares."""
+    """Sentences: who is best in one of the contested numbers of steps, and how ADD compares, or
+    the second if ADD is the best."""
     first, *others = ranked(lines, steps)
-    if first.method == ADD.title:
-        words, other = "is best: no rival wins", others[0]
-    else:
-        words, other = "wins over ADD", next(x for x in others if x.method == ADD.title)
+    other = next((line for line in others if line.method == ADD.title), others[0])
     better, worse = first.figures["fd"], other.figures["fd"]
     noise = {
         "holds": "The difference is more than noise.",
@@ -325,7 +323,7 @@ def conclusion(lines, steps):
         "too few seeds": "One seed cannot tell whether that is noise.",
     }
     distances = f"{show(better)}; {other.method} {show(worse)}"
-    text = f"In {COUNTED[steps]} {first.method} {words} ({distances})."
+    text = f"In {COUNTED[steps]} {first.method} has the shortest distance ({distances})."
     return f"{text} {noise[verdict(better, worse)]}"
 
 
@@ -378,9 +376,10 @@ def write_page(out, cells, base, arguments, command):
         "",
         f"`{command}` · {base.distil_steps} ADD iterations · {machines} · commit {commits}",
         "",
-        "All methods have the same teacher, data, batch and size of network, and train for the "
-        "seconds that ADD takes. Pairs that a method draws from the teacher count. Each "
-        f"method's learning rate is the best of its own three on seed {TUNING_SEED}. "
+        "All methods have the same teacher, data, batch and size of network. Rivals train for the "
+        "seconds that ADD takes, including the time to draw pairs from the teacher; the method "
+        f"without distillation has ADD's iterations. Each method's learning rate is the best of "
+        f"its own three on seed {TUNING_SEED}, by the distance at its fewest steps. "
         f"Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
         f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",

@@ -94,15 +94,22 @@ class Cells:
         return sorted(int(path.stem.rpartition("-seed")[2]) for path in found)
 
     def read(self, row, settings, fingerprint=None):
-        """The cell of these settings, their seed among them, and of data with that fingerprint
-        (None: any); None if there is none. ValueError if the file is no cell."""
+        """The cell of these settings, their seed among them; None if there is none. ValueError if
+        the file is no cell.
+
+        With a fingerprint it must be of the data with that fingerprint and of the settings'
+        precision. Both differ between machines (glyphs in single bits), and all cells of a seed
+        should come from one machine. A page, which gives none, shows seeds of several machines.
+        """
         path = self._path(row, settings.seed)
         if not path.exists():
             return None
         try:
             cell = json.loads(path.read_text())
-            fits = cell["settings"] == stored_settings(settings)
-            fits &= fingerprint in (None, cell["data"])
+            own, asked = cell["settings"], stored_settings(settings)
+            fits = own | {"precision": settings.precision} == asked
+            if fingerprint is not None:
+                fits &= cell["data"] == fingerprint and own["precision"] == settings.precision
             return cell if fits and isinstance(cell["rows"], list) else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no cell of this version; remove it") from error
@@ -183,10 +190,11 @@ def difference(x, y):
 
 
 def sources(cells):
-    """(commits, machines) of some cells or Nones, each one string."""
+    """(commits, machines with their precision) of some cells or Nones, each one string."""
     cells = [cell for cell in cells if cell]
-    found = ({cell[name] for cell in cells} for name in ("commit", "machine"))
-    return tuple(", ".join(sorted(names)) for names in found)
+    commits = {cell["commit"] for cell in cells}
+    machines = {f"{cell['machine']}, {cell['settings']['precision']}" for cell in cells}
+    return ", ".join(sorted(commits)), "; ".join(sorted(machines))
 
 
 # The command lines ================================================================================
@@ -241,13 +249,16 @@ def make_parser(prog, description, seeds, only="", share=3):
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of tables and cells (results)"
     )
+    parser.add_argument(
+        "--page", action="store_true", help="train nothing, describe the finished cells"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def run_program(parser, page, argv, run_cells, write_page):
-    """Do the cells that are missing, run_cells(arguments, cells, device), then describe them,
-    write_page(out, cells, base, arguments, command), and print the page's path.
+    """Do the cells that are missing, run_cells(arguments, cells, device), unless --page is given;
+    then describe them, write_page(out, cells, base, arguments, command), and print the page's path.
 
     The page is OUT/PAGE-DATASET.md, its cells are in a folder of that name, `base` is the default
     run of the first seed. Returns the exit code, as of toy/run.py.
@@ -263,9 +274,11 @@ def run_program(parser, page, argv, run_cells, write_page):
         device = pick_device(arguments.device)
         out = arguments.out / f"{page}-{arguments.dataset}"
         cells = Cells(out)
-        run_cells(arguments, cells, device)
+        if not arguments.page:
+            run_cells(arguments, cells, device)
         base = base_settings(arguments, arguments.seeds[0], device)
-        write_page(out, cells, base, arguments, " ".join(["python", parser.prog, *argv]))
+        command = ["python", parser.prog, *(x for x in argv if x != "--page")]
+        write_page(out, cells, base, arguments, " ".join(command))
         print(out.with_suffix(".md"))
 
     return exit_code(parser.prog, work, arguments.debug)

@@ -148,8 +148,7 @@ def write_page(out, cells, base, arguments, command):
     lines = [
         f"# Time to quality on {base.dataset}",
         "",
-        f"`{command}` · seeds {', '.join(map(str, seeds))} · {machines} · {base.precision} · "
-        f"commit {commits}",
+        f"`{command}` · seeds {', '.join(map(str, seeds))} · {machines} · commit {commits}",
         "",
         f"How long ADD trains ({base.distil_steps} iterations in all) until one step of the "
         "student is, and stays, closer to the test images than the teacher at its best guidance.",

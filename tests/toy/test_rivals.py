@@ -561,7 +561,7 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
     assert lines[2].figures["fd"] == {1: 0.5, 2: 0.6} and lines[2].minutes == {1: 1, 2: 1}
     assert compare.contested(lines) == [1, 4]  # nobody else has two steps
     assert compare.conclusion(lines, 1) == (
-        "In one step ADD is best: no rival wins (0.55 ± 0.07; regression 4.10 ± 0.14). "
+        "In one step ADD has the shortest distance (0.55 ± 0.07; regression 4.10 ± 0.14). "
         "The difference is more than noise."
     )
     page = compare.table(lines, compare.contested(lines))
@@ -569,14 +569,14 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
     assert len(bold) == 2 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
     assert bold[1].startswith("| **teacher, DDIM** | **4** |")
     assert compare.conclusion(lines, 4) == (
-        "In four steps teacher, DDIM wins over ADD (0.25 ± 0.00; ADD 0.55 ± 0.07). "
+        "In four steps teacher, DDIM has the shortest distance (0.25 ± 0.00; ADD 0.55 ± 0.07). "
         "The difference is within noise."
     )
     assert "| regression | 1 | 1.000 ± 0.000 | 4.10 ± 0.14 | 0.50 ± 0.00 |" in page[5]
     assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 |")
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
     assert compare.conclusion(lines, 1) == (
-        "In one step regression wins over ADD (0.85 ± 0.07; ADD 2.75 ± 2.47). "
+        "In one step regression has the shortest distance (0.85 ± 0.07; ADD 2.75 ± 2.47). "
         "The difference is within noise."
     )
 

@@ -52,8 +52,9 @@ def test_a_difference_is_paired_and_bold_beyond_noise():
 
 
 def test_sources_name_each_commit_and_machine_once():
-    cells = [dict(commit=c, machine="m") for c in "bab"]
-    assert sources(iter([None, *cells])) == ("a, b", "m")
+    cells = [dict(commit=c, machine="m", settings={"precision": "bf16"}) for c in "bab"]
+    cells.append(dict(commit="b", machine="m", settings={"precision": "fp32"}))
+    assert sources(iter([None, *cells])) == ("a, b", "m, bf16; m, fp32")
 
 
 def row(fd, steps=1):
@@ -72,7 +73,9 @@ def test_a_cell_counts_for_its_own_settings_and_data_alone(tmp_path):
     assert ablate.collect(cells, base, "default", 1, "fd") == {1: 0.5}
     assert ablate.collect(cells, base, "default", 4, "fd") == {1: 0.25}
     assert ablate.collect(cells, base, "default", 4, "accuracy") == {1: 0.75}
-    for change in (dict(distil_steps=9999), dict(teacher_steps=9), dict(precision="fp32")):
+    elsewhere = dataclasses.replace(base, precision="fp32")  # a machine without bf16
+    assert cells.read("default", elsewhere) and not cells.read("default", elsewhere, "mine")
+    for change in (dict(distil_steps=9999), dict(teacher_steps=9)):
         other = dataclasses.replace(base, **change)
         assert not cells.read("default", other)
         assert ablate.collect(cells, other, "default", 1, "fd") == {}
@@ -104,8 +107,9 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert code == 0, err
     assert out.count("seed 0\n") == 2 and out.endswith("ablation-glyphs.md\n")
     page = (tmp_path / "ablation-glyphs.md").read_text()
-    assert "| **default** | 1 |" in page and "| d) Losses: adversarial alone (λ = 0) | 1 |" in page
-    assert " CPU, 1 thread, torch " in page
+    assert "| **default** | 1 |" in page
+    assert "| d) Losses: adversarial alone (λ = 0) (`adversarial`) | 1 |" in page
+    assert " CPU, 1 thread, torch " in page and "heads instead of four" not in page
     assert "too few seeds" in page and (tmp_path / "ablation-glyphs.png").exists()
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("ablation-glyphs/*")}
     assert cells.keys() == {"default-seed0", "adversarial-seed0", "teacher-seed0"}
@@ -123,6 +127,11 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert code == 0
     now = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("ablation-glyphs/*")}
     assert now.keys() - cells.keys() == {"lambda-0.5-seed0"} and cells.items() <= now.items()
+    # --page describes them all and trains nothing.
+    code, _ = main_in_process(ablate, [*FLAGS, *where, "--only", "d,g", "--page"], capsys)
+    page = (tmp_path / "ablation-glyphs.md").read_text()
+    assert code == 0 and "(`lambda-0.5`) | 1 |" in page and "--only d,g` · seeds 0" in page
+    assert len(list(tmp_path.glob("ablation-glyphs/*"))) == len(now)
 
 
 @pytest.mark.parametrize(
