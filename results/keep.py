@@ -74,7 +74,8 @@ def is_kept(name):
 
 def seeds_of(group):
     """The kept runs of a group, in the order of their seeds."""
-    return sorted(run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md"))
+    runs = [run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md")]
+    return sorted(runs, key=lambda name: int(name.rpartition("-seed")[2]))
 
 
 def load(name, file):

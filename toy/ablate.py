@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import timing
 from common.checkpoints import write_text
+from toy.loop import TrainingError
 from toy.settings import Settings
 from toy.testbed import (
     FIGURES,
     STEPS,
     Testbed,
     base_settings,
-    clean,
     difference,
     make_parser,
     mean_and_spread,
@@ -203,9 +203,12 @@ def run_cells(arguments, cells, device):
             if cells.read(row.name, settings, bed.data.fingerprint):
                 continue
             print(f"{row.name}, seed {seed}", flush=True)
-            rows, seconds, stage = bed.add(**row.settings)
-            cells.write(row.name, settings, bed, rows, seconds)
-            clean(stage)
+            try:
+                rows, seconds = bed.add(settings)
+                cells.write(row.name, settings, bed, rows, seconds)
+            except TrainingError as error:  # the other rows can be done all the same
+                print(f"  {error}", flush=True)
+                cells.write(row.name, settings, bed, [], 0, error=str(error))
 
 
 def teachers(cells, base):
@@ -215,11 +218,12 @@ def teachers(cells, base):
 
 
 def collect(cells, base, name, steps, figure):
-    """{seed: figure} of a row in that many steps. Distances are multiples of that seed's
-    teacher's."""
+    """{seed: figure} of a row in that many steps, without the seeds whose training failed.
+    Distances are multiples of that seed's teacher's."""
     values = {}
     for seed, teacher in teachers(cells, base).items():
-        if cell := cells.read(name, settings_of(ROWS[name], of_seed(base, seed))):
+        cell = cells.read(name, settings_of(ROWS[name], of_seed(base, seed)))
+        if cell and cell["rows"]:
             value = next(r[figure] for r in cell["rows"] if r["steps"] == steps)
             values[seed] = value / teacher["fd"] if figure == "fd" else value
     return values

@@ -1,14 +1,16 @@
 """The paper's Table 2 and Figure 7 at toy scale: ADD, other ways to few steps, and the teacher's
 fast samplers, on one teacher a seed: python toy/compare.py --dataset glyphs
 
-Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as fit
-into the seconds that ADD trained for with that seed. Each method's learning rate, ADD's too, is the
-best of three, by the distance at its fewest steps on seed 0. What the table shows are other seeds.
+Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as take
+the time of ADD's: the pace of both is measured side by side. Each method's learning rate, ADD's
+too, is the best of three on seed 0, by the geometric mean of its distances. What the table shows
+are other seeds.
 
 A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
 same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
 .png, and the files beside them. Once --seeds 0 has found the learning rates, two seeds can be run
-at once: --seeds 1 in one terminal, --seeds 2 in another.
+at once: --seeds 1 in one terminal, --seeds 2 in another. The files do not tell what code a rival
+had: remove its own after changing it.
 """
 
 import os
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import ddim
 from common import timing
 from common.checkpoints import write_text
+from toy.distil import prepare
 from toy.loop import TrainingError, run_loop
 from toy.rivals.consistency import Consistency
 from toy.rivals.dmd2 import DMD2
@@ -51,7 +54,7 @@ from toy.testbed import (
 TUNING_SEED = 0
 SAMPLERS = {"DDIM": ddim, "DPM-Solver++(2M)": dpm_solver}  # of the teacher
 TEACHER_STEPS = (50, 25, 8, 4, 1)
-TRIAL_STEPS, WARM_UP = 40, 4  # of each phase, for a rival's pace; and how many are not counted
+TRIAL_STEPS, WARM_UP = 24, 4  # of each phase, for a rival's pace; and how many are not counted
 
 
 @dataclass(frozen=True)
@@ -106,34 +109,40 @@ def wanted_methods(only):
 # Training =========================================================================================
 
 
-def seconds_per_step(training, device, clock=time.perf_counter):
-    """The mean over a training of TRIAL_STEPS a phase, without the first WARM_UP of each."""
-    seconds = []
-    for i in range(TRIAL_STEPS * training.PHASES):
-        timing.synchronize(device)
-        began = clock()
-        training.step(i)
-        timing.synchronize(device)
-        if i % TRIAL_STEPS >= WARM_UP:
-            seconds.append(clock() - began)
-    return sum(seconds) / len(seconds)
+def paces(steps, phases, device, clock=time.perf_counter):
+    """Mean seconds of a call of each of these functions of an iteration's number, which are called
+    in turn: what slows the machine for a while slows all of them.
+
+    There are TRIAL_STEPS rounds a phase; the first WARM_UP of each do not count.
+    """
+    seconds = [0.0] * len(steps)
+    for i in range(TRIAL_STEPS * phases):
+        for k, step in enumerate(steps):
+            timing.synchronize(device)
+            began = clock()
+            step(i)
+            timing.synchronize(device)
+            if i % TRIAL_STEPS >= WARM_UP:
+                seconds[k] += clock() - began
+    return [total / (TRIAL_STEPS - WARM_UP) / phases for total in seconds]
 
 
-def train_rival(rival, stage, teacher, lr, guidance, seconds, clock=time.perf_counter):
-    """(the finished training, seconds that it took, its number of steps). It takes as many steps as
-    fit into the seconds; their pace is measured before, on a copy that is thrown away."""
+def train_rival(rival, stage, teacher, lr, guidance, add_step, clock=time.perf_counter):
+    """(the finished training, seconds that it took, its number of steps). It takes the time of
+    ADD's iterations; the pace of both is measured before, on copies that are thrown away."""
     clean(stage)  # an unfinished training had another number of steps
-    began, more = clock(), {}
+    iterations, spent, pairs = stage.settings.distil_steps, 0.0, {}
     if rival.PAIRS:
-        more["pairs"] = draw_pairs(stage, teacher, guidance, SHARE * seconds, clock)
-    spent = clock() - began
-    trial_steps = TRIAL_STEPS * rival.PHASES
-    trial = rival(stage, teacher, lr, trial_steps, guidance, **more)
-    pace = seconds_per_step(trial, stage.device, clock)
+        (pace,) = paces([add_step], 1, stage.device, clock)
+        began, seconds = clock(), SHARE * iterations * pace
+        pairs["pairs"] = draw_pairs(stage, teacher, guidance, seconds, clock)
+        spent = clock() - began
+    trial = rival(stage, teacher, lr, TRIAL_STEPS * rival.PHASES, guidance, **pairs)
+    add_pace, pace = paces([add_step, trial.step], rival.PHASES, stage.device, clock)
     del trial  # a GPU's memory need not hold two
-    steps = max(rival.PHASES, round((seconds - spent) / pace))
-    training = rival(stage, teacher, lr, steps, guidance, **more)
-    spent += run_loop(stage, rival.TITLE, training.parts, training.step, steps)
+    steps = max(rival.PHASES, round((iterations * add_pace - spent) / pace))
+    training = rival(stage, teacher, lr, steps, guidance, **pairs)
+    spent += run_loop(stage, rival.TITLE, {}, training.step, steps)
     training.finish()
     return training, spent, steps
 
@@ -153,18 +162,21 @@ def cell_name(method, lr):
 
 
 def find(cells, method, lr, base, fingerprint=None):
-    """The stored cell of exactly these settings, and of data with that fingerprint, or None."""
-    return cells.read(cell_name(method, lr), settings_of(method, lr, base), fingerprint)
+    """The stored cell of these settings (and of this machine: see Cells.read) that has the method's
+    numbers of steps, or none because the training failed; else None."""
+    cell = cells.read(cell_name(method, lr), settings_of(method, lr, base), fingerprint)
+    fits = cell and [row["steps"] for row in cell["rows"]] in ([], list(method.steps))
+    return cell if fits else None
 
 
 def best_rate(cells, method, base):
-    """The learning rate with the least distance at the fewest steps on TUNING_SEED; None if no
-    training came to its end."""
+    """The learning rate with the least distance on TUNING_SEED, the geometric mean over the
+    method's numbers of steps; None if no training came to its end."""
     tuning, distances = of_seed(base, TUNING_SEED), {}
     for lr in method.rates:
         cell = find(cells, method, lr, tuning)
         if cell and cell["rows"]:
-            distances[lr] = min(cell["rows"], key=lambda row: row["steps"])["fd"]
+            distances[lr] = statistics.geometric_mean(row["fd"] for row in cell["rows"])
     return min(distances, key=distances.get) if distances else None
 
 
@@ -184,47 +196,38 @@ def score_teacher(cells, bed):
     cells.write("teacher", base, bed, rows, 0)
 
 
-def seconds_of_add(cells, base):
-    """How long ADD trained with this seed, at its best learning rate. TrainingError if it did
-    not."""
-    lr = best_rate(cells, ADD, base)
-    cell = lr and find(cells, ADD, lr, base)
-    if not cell or not cell["rows"]:
-        raise TrainingError(
-            f"ADD did not come to its end on seed {base.seed}, so that its rivals have no budget; "
-            f"remove {cells.folder}/add-* to try again, or change --budget"
-        )
-    return cell["seconds"]
+def of_a_rival(bed, method, lr, guidance):
+    """(rows, seconds of training, what else its cell keeps)."""
+    base = bed.settings
+    folder = bed.folder / cell_name(method, lr)
+    stage = dataclasses.replace(bed.stage("distil", base), folder=folder)
+    add_step = prepare(*bed.ingredients(base))[2]
+    training, seconds, steps = train_rival(
+        method.rival, stage, bed.teacher(base), lr, guidance, add_step
+    )
+    rows = [bed.scorer.sampled(training.sample, k, method.title) for k in method.steps]
+    clean(stage)
+    pairs = {"pairs": len(training.pairs.noise)} if method.rival.PAIRS else {}
+    return rows, seconds, {"steps": steps} | pairs
 
 
 def run_cell(cells, bed, method, lr):
     """Train, score and keep one. A training that stops at infinite numbers leaves a cell without
     rows, which says why."""
-    base = bed.settings
+    base, settings = bed.settings, settings_of(method, lr, bed.settings)
     print(f"{method.title}, learning rate {lr:g}, seed {base.seed}", flush=True)
-    settings, more = settings_of(method, lr, base), {"learning_rate": lr}
-    stage = bed.stage("distil", base)
-    stage = dataclasses.replace(stage, folder=bed.folder / cell_name(method, lr))
-    budget = seconds_of_add(cells, base) if method.rival else None
     try:
         if method.rival:
             guidance = cells.read("teacher", base)["rows"][0]["guidance"]
-            teacher = bed.teacher(base)
-            training, seconds, steps = train_rival(
-                method.rival, stage, teacher, lr, guidance, budget
-            )
-            rows = [bed.scorer.sampled(training.sample, k, method.title) for k in method.steps]
-            if method.rival.PAIRS:
-                more["pairs"] = len(training.pairs.noise)
+            rows, seconds, more = of_a_rival(bed, method, lr, guidance)
         else:
-            changes, steps = method.settings | {"distil_student_lr": lr}, settings.distil_steps
-            rows, seconds, stage = bed.add(method.steps, **changes)
-        more["steps"] = steps
-    except TrainingError as error:
+            rows, seconds = bed.add(settings, method.steps)
+            more = {"steps": settings.distil_steps}
+    except (TrainingError, FloatingPointError) as error:  # the latter: in the trial
         print(f"  {error}", flush=True)
-        rows, seconds, more["error"] = [], 0, str(error)
+        rows, seconds, more = [], 0, {"error": str(error)}
+    more["learning_rate"] = lr
     cells.write(cell_name(method, lr), settings, bed, rows, seconds, **more)
-    clean(stage)
 
 
 def run_cells(arguments, cells, device):
@@ -257,18 +260,27 @@ class Line:
     lr: float | None
 
 
-def lines_of(cells, methods, base, seeds):
-    """[Line] of whatever cells there are, in the order of the methods' names."""
+def seconds_per_evaluation(rows):
+    """Of one image, from all rows of a teacher. All networks of the table are as large, and one
+    row's own time would be mostly noise."""
+    seconds = sum(1 / row["images_per_second"] for row in rows)
+    return seconds / sum(row["evaluations"] for row in rows)
+
+
+def lines_of(cells, rates, base, seeds):
+    """[Line] of whatever cells there are, in the order of the methods' names; rates is {method's
+    name: its learning rate or None}."""
     lines, bases = [], [of_seed(base, seed) for seed in seeds]
     found = {b.seed: cells.read("teacher", b) for b in bases}
     teachers = {seed: cell["rows"] for seed, cell in found.items() if cell}
+    pace = {seed: seconds_per_evaluation(rows) for seed, rows in teachers.items()}
 
     def add(name, steps, rows, minutes, lr):
         """rows: {seed: row}."""
         figures = {f: {seed: row[f] for seed, row in rows.items()} for f in FIGURES}
         figures["fd"] = {seed: row["fd"] / teachers[seed][0]["fd"] for seed, row in rows.items()}
         figures["milliseconds"] = {
-            seed: 1000 / row["images_per_second"] for seed, row in rows.items()
+            seed: 1000 * row["evaluations"] * pace[seed] for seed, row in rows.items()
         }
         lines.append(Line(name, steps, figures, minutes, lr))
 
@@ -280,8 +292,8 @@ def lines_of(cells, methods, base, seeds):
                 for seed, found in teachers.items()
             }
             add(f"teacher, {row['name']}", row["steps"], rows, {}, None)
-    for method in methods:
-        lr = best_rate(cells, method, base)
+    for name, lr in rates.items():
+        method = METHODS[name]
         found = {b.seed: lr and find(cells, method, lr, b) for b in bases if b.seed in teachers}
         found = {seed: cell for seed, cell in found.items() if cell and cell["rows"]}
         for steps in method.steps if found else ():
@@ -319,6 +331,7 @@ def conclusion(lines, steps):
     better, worse = first.figures["fd"], other.figures["fd"]
     noise = {
         "holds": "The difference is more than noise.",
+        "does not hold": "Most seeds say the opposite, beyond noise.",
         "within noise": "The difference is within noise.",
         "too few seeds": "One seed cannot tell whether that is noise.",
     }
@@ -330,13 +343,14 @@ def conclusion(lines, steps):
 def table(lines, contests):
     """Lines of the Markdown table. The best rows of the contested numbers of steps are bold."""
     head = ["", "steps", "ms an image", "distance, ×", "precision", "recall", "accuracy"]
-    head += ["training, minutes", "learning rate"]
+    head += ["training, minutes", "learning rate", "seeds"]
     best, rows = [ranked(lines, steps)[0] for steps in contests], []
     for line in lines:
         figures = [show(line.figures[f]) for f in FIGURES]
         lr = "" if line.lr is None else f"{line.lr:g}"
         milliseconds = show(line.figures["milliseconds"], 3)
         row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
+        row += [len(line.figures["fd"])]
         rows.append([f"**{cell}**" if line in best and cell != "" else cell for cell in row])
     return timing.table(head, rows)
 
@@ -363,29 +377,52 @@ def draw(path, lines):
     pyplot.close(figure)
 
 
+def at_the_edges(rates):
+    """Sentences on the methods whose learning rate is the smallest or the largest of their own."""
+    sentences = []
+    for edge, i in (("smallest", 0), ("largest", -1)):
+        names = [METHODS[name].title for name, lr in rates.items() if lr == METHODS[name].rates[i]]
+        if names:
+            sentences.append(f"The {edge} of its three rates was the best of {', '.join(names)}.")
+    return sentences + ["A wider search may bring these closer."] if sentences else []
+
+
 def write_page(out, cells, base, arguments, command):
-    """OUT.md and OUT.png from whatever cells there are."""
-    methods, seeds = wanted_methods(arguments.only), arguments.seeds
-    lines, all_of = lines_of(cells, methods, base, seeds), [of_seed(base, s) for s in seeds]
+    """OUT.md and OUT.png from whatever cells there are, of all seeds but the one that chose the
+    learning rates, unless it is the only one."""
+    methods, tuning = wanted_methods(arguments.only), of_seed(base, TUNING_SEED)
+    rates = {method.name: best_rate(cells, method, base) for method in methods}
+    bases = [of_seed(base, seed) for seed in cells.seeds("teacher")]
+    there = [b.seed for b in bases if cells.read("teacher", b)]
+    seeds = [seed for seed in there if seed != TUNING_SEED] or there
+    lines = lines_of(cells, rates, base, seeds)
     contests = contested(lines)
-    read = [find(cells, m, best_rate(cells, m, b) or 0, b) for m in methods for b in all_of]
-    commits, machines = sources(read)
-    failed = [m.title for m in methods if best_rate(cells, m, base) is None]
+    read = [find(cells, m, lr, tuning) for m in methods for lr in m.rates]
+    read += [find(cells, m, rates[m.name], b) for m in methods for b in bases if rates[m.name]]
+    commits, machines = sources([*read, *(cells.read("teacher", b) for b in bases)])
+    failed = [m.title for m in methods if rates[m.name] is None]
     page = [
         f"# Table 2 on {base.dataset}",
         "",
         f"`{command}` · {base.distil_steps} ADD iterations · {machines} · commit {commits}",
         "",
-        "All methods have the same teacher, data, batch and size of network. Rivals train for the "
-        "seconds that ADD takes, including the time to draw pairs from the teacher; the method "
-        f"without distillation has ADD's iterations. Each method's learning rate is the best of "
-        f"its own three on seed {TUNING_SEED}, by the distance at its fewest steps. "
         f"Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
-        f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance.",
+        f"{TEACHER_STEPS[0]} DDIM steps. The teacher has its best guidance. Milliseconds are the "
+        "evaluations of the network times the mean time of one.",
         "",
         *(f"- {conclusion(lines, steps)}" for steps in contests),
         *([f"- No training of {', '.join(failed)} came to its end."] if failed else []),
+        "",
+        "All methods have the same teacher, data, batch and size of network. A rival takes the "
+        "time of ADD's iterations, by the pace of both side by side, and the drawing of pairs "
+        "from the teacher counts. Without distillation there are as many iterations as ADD's. Each "
+        f"method's learning rate is the best of its own three on seed {TUNING_SEED}, by the "
+        "geometric mean of its distances. "
+        f"{' '.join(at_the_edges(rates))} ADD's other settings come from earlier trials "
+        "(toy/experiments.md), some on these seeds; those of the rivals from their papers. ADD, "
+        "DMD2 and UFOGen use the teacher without guidance, the others with it. The best of many "
+        "rows is tested as if it had been the only one.",
         "",
         *table(lines, contests),
         "",

@@ -6,7 +6,6 @@ where the page is.
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -16,11 +15,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoints import CheckpointError, one_line, read_last
-from common.flags import add_page_flags
+from common.flags import add_page_flags, from_dict
 from toy.distil import load_student
 from toy.loop import TrainingError
 from toy.pictures import tile
 from toy.samplers import noise_for, sample_student, sample_teacher
+from toy.settings import Settings
+from toy.teacher import make_denoiser
 
 REFUSED = (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError)
 COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixel
@@ -40,18 +41,23 @@ def parse_arguments(argv):
 
 
 def load_teacher(run, student):
-    """(the teacher of a finished run, its guidance). CheckpointError, OSError, LookupError or
-    ValueError if it is none."""
-    teacher = copy.deepcopy(student.denoiser)
+    """(the teacher of a finished run, its guidance). One of REFUSED if it is none."""
     state = read_last(run / "teacher" / "checkpoint.pt")
     if state is None:
         raise TrainingError(f"--run {run}: its teacher is missing; python toy/run.py makes one")
+    # The student may be of another size.
+    stored = json.loads((run / "config.json").read_text())["settings"]
+    network, encode = student.denoiser.network, student.denoiser.encode
+    channels = network.stem.in_channels // network.patch**2
+    teacher = make_denoiser(channels, network.classes, from_dict(Settings, stored), encode)
+    teacher.network.bf16 = network.bf16
     weights = {
         name.removeprefix("module."): x
         for name, x in state["ema"].items()
         if name.startswith("module.")
     }
     teacher.network.load_state_dict(weights)
+    teacher.eval().requires_grad_(False)
     return teacher, json.loads((run / "results.json").read_text())["results"]["best_guidance"]
 
 

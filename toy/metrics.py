@@ -91,9 +91,11 @@ def coverage_of(x, manifold, k=NEIGHBOURS):
 
 
 def within_class_variance(x, labels):
-    """Mean over the classes of the total variance of x (N, …) among the samples of that class."""
-    variances = [x[labels == c].flatten(1).var(0).sum() for c in labels.unique()]
-    return torch.stack(variances).mean().item()
+    """Mean over the classes of the total variance of x (N, …) among the samples of that class.
+    Classes of one sample do not count; nan if there are no others."""
+    classes, counts = labels.unique(return_counts=True)
+    variances = [x[labels == c].flatten(1).var(0).sum() for c in classes[counts > 1]]
+    return torch.stack(variances).mean().item() if variances else math.nan
 
 
 def margin(figure, x):
@@ -109,10 +111,9 @@ def margin(figure, x):
 
 
 def measure(network, images, labels, real_features, device):
-    """All figures for generated images with the class they were asked for; precision and recall use
-    as many real images as there are generated ones, if there are so many, since both depend on the
-    number. fd_margin and
-    recall_margin: see margin."""
+    """All figures for generated images with the class they were asked for. Precision and recall use
+    as many real images as there are generated ones, if there are so many: both depend on the
+    number. fd_margin, recall_margin: see margin."""
     features, predicted = embed(network, images, device)
     real = real_features[: len(features)]
     return {

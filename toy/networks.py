@@ -125,16 +125,21 @@ class UNet(nn.Module):
             return [h.to(x_t.dtype) for h in self._encode(x_t, self._embed(t, label))]
 
     def forward(self, x_t, t, label):
+        return self.with_middle(x_t, t, label)[0]
+
+    def with_middle(self, x_t, t, label):
+        """(the output, the last map of encode)."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
             embedding = self._embed(t, label)
             *skips, h = self._encode(x_t, embedding)
+            middle = h.to(x_t.dtype)
             for layer in self.up:
                 if isinstance(layer, ResidualBlock):
                     h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
                 else:
                     h = layer(h)
             out = self.out(functional.silu(self.norm(h)))
-            return functional.pixel_shuffle(out, self.patch).to(x_t.dtype)
+            return functional.pixel_shuffle(out, self.patch).to(x_t.dtype), middle
 
     def _embed(self, t, label):
         return self.time(timestep_embedding(t, self.time[0].in_features)) + self.label(label)

@@ -21,7 +21,7 @@ from common.origin import commit, machine
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import make_features
-from toy.loop import Stage
+from toy.loop import Stage, TrainingError
 from toy.metrics import STUDENT_T, train_metric_net
 from toy.run import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import DATASETS, PRESETS, Settings, stage_key
@@ -62,15 +62,21 @@ class Testbed:
         features, _ = make_features(self.stage("features", settings))
         return self.stage("distil", settings), teacher, features, second
 
-    def add(self, counts=STEPS, **changes):
-        """(figures of the student at these numbers of steps, seconds of training, stage) of an ADD
-        training whose settings differ from the testbed's by the changes."""
-        settings = dataclasses.replace(self.settings, **changes)
+    def add(self, settings, counts=STEPS):
+        """(figures of the student at these numbers of steps, seconds of training) of the ADD
+        training of these settings. Its folder is removed, also after a TrainingError: what it
+        could be resumed from would fail again."""
         stage, *ingredients = self.ingredients(settings)
-        student, seconds = distil(stage, *ingredients)
+        try:
+            student, seconds = distil(stage, *ingredients)
+        except TrainingError:
+            clean(stage)
+            raise
         # A student of one timestep is sampled at the others, too.
         student = Student(student.denoiser, self.settings.distil_timesteps)
-        return [self.scorer.student(student, k) for k in counts], seconds, stage
+        rows = [self.scorer.student(student, k) for k in counts]
+        clean(stage)
+        return rows, seconds
 
     def of_the_teacher(self):
         """The teacher's row at most steps and best guidance."""

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 
 import copy
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from toy.testbed import (
 )
 
 TEACHER_STEPS = (8, 25, 50)
+EVERY = 100
 
 
 class Curve:
@@ -53,6 +55,9 @@ class Curve:
 def train(bed, every):
     """(Curve of an ADD training, its stage)."""
     stage, teacher, features, second = bed.ingredients(bed.settings)
+    # Not the folder of the same training without scores: neither can resume the other.
+    folder = stage.folder.with_name(f"curve-{every}-{stage.key}")
+    stage = dataclasses.replace(stage, folder=folder)
     torch.manual_seed(stage.settings.seed_of("distil"))
     student, parts, add_step = prepare(stage, teacher, features, second)
     average, curve, steps = copy.deepcopy(student).eval(), Curve(), stage.settings.distil_steps
@@ -91,9 +96,10 @@ def run_cells(arguments, cells, device):
             guidance = bed.scorer.guided(teacher)[2]
             rows = [bed.scorer.teacher(teacher, steps, guidance) for steps in TEACHER_STEPS]
             cells.write("teacher", base, bed, rows, 0)
-        if not cells.read("curve", base, bed.data.fingerprint):
+        curve = cells.read("curve", base, bed.data.fingerprint)
+        if not curve or curve.get("every", EVERY) != arguments.every:
             curve, stage = train(bed, arguments.every)
-            cells.write("curve", base, bed, curve.rows, curve.seconds)
+            cells.write("curve", base, bed, curve.rows, curve.seconds, every=arguments.every)
             clean(stage)
 
 
@@ -150,8 +156,9 @@ def write_page(out, cells, base, arguments, command):
         "",
         f"`{command}` · seeds {', '.join(map(str, seeds))} · {machines} · commit {commits}",
         "",
-        f"How long ADD trains ({base.distil_steps} iterations in all) until one step of the "
-        "student is, and stays, closer to the test images than the teacher at its best guidance.",
+        f"How long ADD trains ({base.distil_steps} iterations in all, scored every "
+        f"{arguments.every}) until one step of the student is, and stays, closer to the test "
+        "images than the teacher at its best guidance.",
         "",
         *table(teachers, curves),
         "",
@@ -165,7 +172,9 @@ def write_page(out, cells, base, arguments, command):
 def main(argv=None):
     """Exit codes as of toy/run.py."""
     parser = make_parser("toy/time_to_quality.py", __doc__, "0,1,2", share=1)
-    parser.add_argument("--every", type=int, default=100, help="iterations between scores (100)")
+    parser.add_argument(
+        "--every", type=int, default=EVERY, help=f"iterations between scores (default: {EVERY})"
+    )
     return run_program(parser, "time-to-quality", argv, run_cells, write_page)
 
 

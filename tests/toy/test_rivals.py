@@ -268,6 +268,9 @@ class Answer(nn.Module):
         self.seen.append((x_t, t))
         return self.x + self.e
 
+    def with_middle(self, x_t, t, label):
+        return self(x_t, t, label), x_t
+
 
 def test_the_straight_path_begins_at_the_noise_and_euler_is_ddim(tmp_path, monkeypatch):
     training = make(Reflow, tmp_path)
@@ -300,6 +303,24 @@ def test_reflow_draws_u_uniformly(tmp_path):
     for share in (0.25, 0.5, 0.75):
         below = (u < low + share * (high - low)).float().mean()
         assert abs(below - share) < 0.015
+
+
+def test_two_steps_of_reflow_are_eulers_of_equal_length(tmp_path):
+    training = make(Reflow, tmp_path)
+    z, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    answer = Answer(torch.zeros(2, 1, 8, 8), 0.3)
+    training.denoiser = Denoiser(answer, training.schedule, "x_0")
+    training.sample(z, labels, 2)
+    (_, first), (x_t, second) = answer.seen
+    u = training.u
+    assert first.tolist() == [999, 999] and second.unique().numel() == 1
+    half = second[0]
+    assert u[half - 1] < u[999] / 2 <= u[half]
+    alpha, sigma = training.schedule.alpha, training.schedule.sigma
+    # By hand, in y = x_t / (α + σ) = (1 - u) x + u z.
+    y, velocity = z / (alpha[999] + sigma[999]), (z - alpha[999] * 0.3) / sigma[999] - 0.3
+    y = y + (u[half] - u[999]) * velocity
+    torch.testing.assert_close(x_t / (alpha[half] + sigma[half]), y)
 
 
 def test_regression_is_in_one_step_from_the_noise(tmp_path):
@@ -429,7 +450,11 @@ def test_dmd2_fake_score_learns_generated_images_and_its_head_to_tell(tmp_path, 
     class Critic(nn.Module):
         def forward(self, x, t, label):
             seen.append(x)
-            return torch.full((len(x),), 1.0 if len(seen) == 1 else -2.0)
+            return torch.full((len(x),), 1.0)
+
+        def judge(self, middle):
+            seen.append(middle)
+            return torch.full((len(middle),), -2.0)
 
     training.critic, training.fake = Critic(), Denoiser(Answer(0.0), training.schedule, "v")
     monkeypatch.setattr(training, "generate", lambda x_0, labels: torch.zeros_like(x_0))
@@ -442,6 +467,34 @@ def test_dmd2_fake_score_learns_generated_images_and_its_head_to_tell(tmp_path, 
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     x_0 = training.denoiser.encode(images)
     assert (seen[0] - alpha * x_0).std() == pytest.approx(sigma.item(), rel=0.2)
+
+
+def test_a_critic_judges_the_middle_of_a_pass_as_it_judges_the_image(tmp_path):
+    training = make(DMD2, tmp_path)
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 9, 499, 999]), torch.arange(4) % 3
+    output, middle = training.fake.network.with_middle(x, t, labels)
+    torch.testing.assert_close(training.critic.judge(middle), training.critic(x, t, labels))
+    assert torch.equal(output, training.fake.network(x, t, labels))
+
+
+@pytest.mark.parametrize("rival", [DMD2, UFOGen])
+def test_both_sides_follow_the_schedule_of_the_learning_rate(rival, tmp_path):
+    training = make(rival, tmp_path, steps=4, lr=1e-2)
+    rates = [schedule.get_last_lr()[0] for schedule in training.lr]
+    assert rates == [1e-2 / 50] * 2  # the first of 50 steps of warm-up
+    for i in range(4):
+        training.step(i)
+    assert [s.get_last_lr()[0] for s in training.lr] == pytest.approx([1e-2 * 5 / 50 * 0.02] * 2)
+
+
+def test_every_phase_of_progressive_warms_up_anew(tmp_path):
+    training = make(Progressive, tmp_path, steps=8, lr=1e-2)
+    rates = []
+    for i in range(8):
+        training.step(i)
+        rates.append(training.lr[0].get_last_lr()[0])
+    after_one, after_two = 1e-2 * 2 / 50, 1e-2 * 3 / 50 * 0.02
+    assert rates == pytest.approx([after_one, after_two] * 4) and len(training.lr) == 1
 
 
 def test_dmd2_moves_the_fake_score_more_often(tmp_path, monkeypatch):
@@ -464,7 +517,7 @@ class Clocked:
     TITLE, PAIRS, PHASES, now, finished = "clocked", False, 2, 0.0, 0
 
     def __init__(self, stage, teacher, lr, steps, guidance):
-        self.steps, self.parts = steps, {}
+        self.steps = steps
 
     def step(self, i):
         # The steps of the second phase are faster, and the first of each are slow.
@@ -476,14 +529,27 @@ class Clocked:
         Clocked.finished += 1
 
 
-def test_a_rival_takes_as_many_steps_as_fit_into_adds_seconds(tmp_path):
-    Clocked.now, stage = 0.0, stage_at(tmp_path / "clocked")
-    assert compare.seconds_per_step(Clocked(stage, None, 0, 12, 1), CPU, lambda: Clocked.now) == 2
+def taking(seconds):
+    """A step of ADD that takes seconds of that clock."""
+
+    def step(i):
+        Clocked.now += seconds
+
+    return step
+
+
+def test_a_rival_takes_as_many_steps_as_fit_into_adds_time(tmp_path):
+    Clocked.now, stage = 0.0, stage_at(tmp_path / "clocked", distil_steps=5)
+    trial = Clocked(stage, None, 0, 12, 1)
+    assert compare.paces([taking(4), trial.step], 2, CPU, lambda: Clocked.now) == [4, 2]
     arguments = (stage, None, 1e-4, 1.0)
-    training, seconds, steps = compare.train_rival(Clocked, *arguments, 20, lambda: Clocked.now)
+    training, seconds, steps = compare.train_rival(
+        Clocked, *arguments, taking(4), lambda: Clocked.now
+    )
     assert steps == training.steps == 10 and 0 <= seconds < 5  # run_loop's are the machine's
     assert Clocked.finished == 1
-    assert compare.train_rival(Clocked, *arguments, 0.1, lambda: Clocked.now)[2] == 2  # a phase one
+    steps = compare.train_rival(Clocked, *arguments, taking(0.01), lambda: Clocked.now)[2]
+    assert steps == 2  # a phase one
 
 
 def test_the_time_of_drawing_pairs_is_taken_off(tmp_path, monkeypatch):
@@ -500,9 +566,9 @@ def test_the_time_of_drawing_pairs_is_taken_off(tmp_path, monkeypatch):
             super().__init__(*arguments)
 
     monkeypatch.setattr(compare, "draw_pairs", draw)
-    stage = stage_at(tmp_path / "clocked")
+    stage = stage_at(tmp_path / "clocked", distil_steps=5)
     _, seconds, steps = compare.train_rival(
-        OnPairs, stage, None, 1e-4, 2.0, 20, lambda: Clocked.now
+        OnPairs, stage, None, 1e-4, 2.0, taking(4), lambda: Clocked.now
     )
     assert steps == 4 and 12 <= seconds < 17
 
@@ -511,8 +577,9 @@ BED = SimpleNamespace(device=CPU, data=SimpleNamespace(fingerprint="mine"))
 
 
 def row(fd, steps=1, name="r"):
-    figures = dict(fd=fd, precision=0.5, recall=0.25, accuracy=0.75, images_per_second=1000.0)
-    return figures | dict(steps=steps, name=name, guidance=1.0)
+    figures = dict(fd=fd, precision=0.5, recall=0.25, accuracy=0.75)
+    speed = dict(images_per_second=1000 / steps, evaluations=steps)
+    return figures | speed | dict(steps=steps, name=name, guidance=1.0)
 
 
 def write(cells, method, lr, base, rows, **more):
@@ -521,14 +588,20 @@ def write(cells, method, lr, base, rows, **more):
     cells.write(compare.cell_name(method, lr), settings, BED, rows, 60, **more)
 
 
-def test_the_best_learning_rate_is_that_of_the_least_distance_at_fewest_steps(tmp_path):
+def rows_of(*distances):
+    return [row(fd, steps) for fd, steps in zip(distances, (1, 2, 4), strict=True)]
+
+
+def test_the_best_learning_rate_has_the_least_geometric_mean_of_distances(tmp_path):
     cells, base, method = Cells(tmp_path), Settings(seed=2), compare.METHODS["dmd2"]
     tuning = dataclasses.replace(base, seed=0)
     assert compare.best_rate(cells, method, base) is None
-    write(cells, "dmd2", 1e-3, tuning, [row(1.0, 4), row(5.0)])
-    write(cells, "dmd2", 1e-4, tuning, [row(4.0), row(3.0, 4)])
+    write(cells, "dmd2", 1e-3, tuning, rows_of(8.0, 2.0, 1.0))  # 2.5, and the larger mean
+    write(cells, "dmd2", 1e-4, tuning, rows_of(3.0, 3.0, 3.0))
     write(cells, "dmd2", 3e-4, tuning, [], error="loss is nan")
-    write(cells, "dmd2", 3e-4, base, [row(0.1)])  # of another seed
+    write(cells, "dmd2", 3e-4, base, rows_of(0.1, 0.1, 0.1))  # of another seed
+    assert compare.best_rate(cells, method, base) == 1e-3
+    write(cells, "dmd2", 1e-3, tuning, [row(0.1), row(0.1, 4)])  # once scored at other steps
     assert compare.best_rate(cells, method, base) == 1e-4
     other = dataclasses.replace(base, distil_steps=7)
     assert compare.best_rate(cells, method, other) is None
@@ -546,10 +619,12 @@ def pages(folder, add, regression):
         write(cells, "regression", 3e-4, mine, [row(regression[i])])
     for lr in compare.Regression.LEARNING_RATES:
         tuning = dataclasses.replace(base, seed=0)
-        write(cells, "regression", lr, tuning, [row(abs(lr - 3e-4))])
-    write(cells, "add", 3e-4, dataclasses.replace(base, seed=0), [row(1.0)])
+        write(cells, "regression", lr, tuning, [row(1 + abs(lr - 3e-4))])
+    write(cells, "add", 3e-4, dataclasses.replace(base, seed=0), rows_of(1.0, 1.0, 1.0))
     methods = [compare.METHODS[name] for name in ("add", "regression")]
-    return compare.lines_of(cells, methods, base, [1, 2])
+    rates = {method.name: compare.best_rate(cells, method, base) for method in methods}
+    assert rates == {"add": 3e-4, "regression": 3e-4}
+    return compare.lines_of(cells, rates, base, [1, 2])
 
 
 def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp_path):
@@ -573,7 +648,8 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
         "The difference is within noise."
     )
     assert "| regression | 1 | 1.000 ± 0.000 | 4.10 ± 0.14 | 0.50 ± 0.00 |" in page[5]
-    assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 |")
+    assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 | 2 |")
+    assert "| teacher, DDIM | 50 | 50.000 ± 0.000 |" in page[6]
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
     assert compare.conclusion(lines, 1) == (
         "In one step regression has the shortest distance (0.85 ± 0.07; ADD 2.75 ± 2.47). "
@@ -581,24 +657,44 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
     )
 
 
-def test_a_rival_that_breaks_leaves_a_cell_without_rows(tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise TrainingError("regression, step 3: student loss is nan")
+def test_a_mean_that_most_seeds_contradict_is_said_to_be_so():
+    def line(method, distances):
+        return compare.Line(method, 1, {"fd": distances}, {}, None)
 
-    monkeypatch.setattr(compare, "train_rival", broken)
+    add = line("ADD", {1: 0.9, 2: 0.91, 3: 0.9, 4: 0.89, 5: 110.0})
+    rival = line("regression", {1: 1.0, 2: 1.01, 3: 1.0, 4: 0.99, 5: 108.0})
+    text = compare.conclusion([add, rival], 1)
+    assert text.startswith("In one step regression has the shortest distance (22.40 ± ")
+    assert text.endswith("Most seeds say the opposite, beyond noise.")
+    broken = line("regression", {1: 2.0, 2: 2.04})
+    text = compare.conclusion([line("ADD", {1: 1.0, 2: 1.02, 3: 6.0}), broken], 1)
+    assert text.endswith("Most seeds say the opposite, beyond noise.")
+
+
+def test_rates_at_the_edge_of_their_grid_are_named():
+    assert compare.at_the_edges({"add": 3e-4, "dmd2": 3e-4, "reflow": None}) == []
+    assert compare.at_the_edges({"add": 3e-4, "dmd2": 1e-4, "reflow": 3e-3, "ufogen": 1e-4}) == [
+        "The smallest of its three rates was the best of DMD2, UFOGen.",
+        "The largest of its three rates was the best of 2-rectified flow.",
+        "A wider search may bring these closer.",
+    ]
+
+
+@pytest.mark.parametrize("error", [TrainingError, FloatingPointError])  # in training; in the trial
+def test_a_method_that_breaks_leaves_a_cell_without_rows(error, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise error("step 3: student loss is nan")
+
+    monkeypatch.setattr(compare, "of_a_rival", broken)
     cells, base = Cells(tmp_path / "cells"), Settings()
     cells.write("teacher", base, BED, [row(1.0, 50)], 0)
-    with pytest.raises(TrainingError, match="ADD did not come to its end on seed 0"):
-        compare.seconds_of_add(cells, base)
-    write(cells, "add", 1e-3, base, [row(1.0)])
-    assert compare.seconds_of_add(cells, base) == 60
-    bed = SimpleNamespace(
-        settings=base, folder=tmp_path, teacher=lambda s: None, device=CPU, data=BED.data,
-        stage=lambda name, settings: stage_at(tmp_path / name),
-    )  # fmt: skip
-    compare.run_cell(cells, bed, compare.METHODS["regression"], 1e-3)
-    cell = cells.read("regression-0.001", base)
-    assert cell["rows"] == [] and cell["error"].endswith("loss is nan")
+    bed = SimpleNamespace(settings=base, device=CPU, data=BED.data, add=broken)
+    for name in ("regression", "add"):
+        method = compare.METHODS[name]
+        compare.run_cell(cells, bed, method, 1e-3)
+        cell = compare.find(cells, method, 1e-3, base)
+        assert cell["rows"] == [] and cell["error"] == "step 3: student loss is nan"
+        assert compare.best_rate(cells, method, base) is None
 
 
 FLAGS = "--preset tiny --device cpu --threads 1 --limit 64 --budget 2 --seeds 0".split()
@@ -610,6 +706,7 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
     assert code == 0, err
     page = (tmp_path / "compare-glyphs.md").read_text()
     assert "| teacher, DPM-Solver++(2M) | 25 |" in page and "In one step " in page
+    assert "Mean ± standard deviation over seed 0." in page  # there is no other
     assert sum("**" in line for line in page.splitlines()) == 2
     assert (tmp_path / "compare-glyphs.png").exists() and out.endswith("compare-glyphs.md\n")
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("compare-glyphs/*")}

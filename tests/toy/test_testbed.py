@@ -12,7 +12,9 @@ import torch
 from toy_runs import TINY, call, main_in_process
 
 from toy import ablate, time_to_quality
+from toy.demo import make_draw
 from toy.distil import load_student
+from toy.loop import TrainingError
 from toy.settings import Settings
 from toy.testbed import Cells, difference, mean_and_spread, sources, verdict
 
@@ -160,6 +162,26 @@ def test_a_student_of_another_size_trains_from_its_own_teacher_and_is_loaded(tmp
     teachers = [tmp_path / "run" / name / "checkpoint.pt" for name in ("second", "teacher")]
     widths = [torch.load(path, weights_only=True)["network"] for path in teachers]
     assert [w["middle.1.norm1.weight"].numel() for w in widths] == [24, 16]
+    # The page with sliders shows either.
+    draw, classes, _ = make_draw(tmp_path / "run")
+    student, _, teacher, _ = draw(classes[7], 1, 0)
+    assert student.shape == teacher.shape and (student != teacher).any()
+
+
+def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeypatch, capsys):
+    def add(bed, settings):
+        if settings.distil_lambda == 0:
+            raise TrainingError("ADD, step 3: student loss is nan")
+        return [row(2.0), row(1.0, 4)], 1.0
+
+    monkeypatch.setattr(ablate.Testbed, "add", add)
+    where = ["--work", tmp_path / "work", "--out", tmp_path]
+    only = ["--only", "adversarial,lambda-0.5"]
+    assert main_in_process(ablate, [*FLAGS, *where, *only], capsys)[0] == 0
+    page = (tmp_path / "ablation-glyphs.md").read_text()
+    assert "(`lambda-0.5`) | 1 |" in page and "adversarial`)" not in page
+    cell = json.loads((tmp_path / "ablation-glyphs" / "adversarial-seed0.json").read_text())
+    assert cell["rows"] == [] and cell["error"].endswith("loss is nan")
 
 
 def test_a_goal_is_passed_where_no_later_distance_is_above_it():
@@ -182,10 +204,9 @@ def test_a_stopped_curve_goes_on_to_the_same_figures(tmp_path, capsys, monkeypat
     page = (tmp_path / "time-to-quality-glyphs.md").read_text()
     assert "| 50 |" in page and (tmp_path / "time-to-quality-glyphs.png").exists()
     # Scores do not touch what trains on.
-    seldom = [*flags, "--every", "5", "--out", tmp_path / "seldom"]
+    seldom = [*flags, "--every", "5"]  # another curve, which is done anew
     assert main_in_process(time_to_quality, seldom, capsys)[0] == 0
-    path = tmp_path / "seldom" / "time-to-quality-glyphs" / "curve-seed0.json"
-    (last,) = json.loads(path.read_text())["rows"]
+    (last,) = json.loads((folder / "curve-seed0.json").read_text())["rows"]
     assert last["fd"] == cell["rows"][-1]["fd"] != cell["rows"][-2]["fd"]
     (folder / "curve-seed0.json").unlink()
     stopped = iter([False] * 3 + [True])

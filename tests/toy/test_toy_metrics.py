@@ -1,5 +1,7 @@
 """toy/metrics.py: the figures against known values."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies
@@ -103,6 +105,8 @@ def test_within_class_variance_does_not_see_what_is_between_classes():
     x = torch.tensor([[0.0, 0], [2, 0], [100, 7], [100, 11]])
     assert within_class_variance(x, torch.tensor([0, 0, 1, 1])) == pytest.approx((2 + 8) / 2)
     assert within_class_variance(x[:2].repeat(2, 1) * 0, torch.tensor([0, 0, 1, 1])) == 0
+    assert within_class_variance(x, torch.tensor([0, 0, 1, 2])) == 2  # one sample has none
+    assert math.isnan(within_class_variance(x, torch.arange(4)))
 
 
 def test_the_metric_network_is_another_architecture_than_f():

@@ -1,6 +1,6 @@
 """Consistency distillation (Song et al. 2023, arXiv 2303.01469, Alg. 2; with guidance it is latent
-consistency distillation, Luo et al. 2023): all points of a path of the teacher get one estimate of
-its end.
+consistency distillation, Luo et al. 2023, here without their condition on the guidance): all points
+of a path of the teacher get one estimate of its end.
 
 The student at a timestep should agree with its own moving average one DDIM step of the teacher
 further on. At the smallest timestep the target is the teacher's x̂_0, where the papers have a
@@ -22,8 +22,6 @@ class Consistency(Training):
     """See the module. Sampling with fresh noise (their Alg. 1) is add.Student's."""
 
     TITLE = "consistency distillation"
-    LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-    STEPS = (1, 2, 4)
 
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)

@@ -1,16 +1,18 @@
 """Distribution matching distillation with its GAN term (DMD2: Yin et al. 2024, arXiv 2405.14867;
-the gradient is DMD's, arXiv 2311.18828, Eq. 7 and 8).
+the gradient is DMD's, arXiv 2311.18828, Eq. 7 and 8, without their factor α_t, as in the authors'
+code).
 
 Generated images are diffused. Two networks estimate where they came from: the teacher as if they
 were real, and a fake-score network, trained on generated images, as what they are. The generator
 follows the difference. A logit head on the fake-score network's encoder tells diffused real images
 from diffused generated ones.
 
-The settings are the paper's on ImageNet: the weights of the GAN, and no guidance of the teacher.
-Two things depart. The paper moves the fake-score network 5 times an update of the generator; here
-it is twice, which gives the generator about twice as many updates in the same time. And for several
-steps the paper draws the generator's inputs by sampling, which did not help here
-(toy/experiments.md); they are ADD's.
+The weights of the GAN are the paper's on ImageNet, and the teacher has no guidance, as there. What
+departs from it: one generator is trained at ADD's four timesteps (the paper's of one step at pure
+noise alone; for several steps it draws the inputs by sampling, which did not help here,
+toy/experiments.md). The fake-score network moves twice an update of the generator, not 5 times,
+which gives the generator about twice as many updates in the same time. It sees t between LOW and
+HIGH alone. GAN and matching share t and noise. Adam's β_1 is 0, not 0.9.
 """
 
 import torch
@@ -40,7 +42,6 @@ class DMD2(Training):
 
     TITLE = "DMD2"
     LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-    STEPS = (1, 4)
     BETA1 = 0.0
 
     def __init__(self, *arguments, **more):
@@ -90,10 +91,11 @@ class DMD2(Training):
         t, noise = self.draw_timesteps(len(x_0)), randn_like(x_0, self.generator)
         x_t = self.schedule.diffuse(x_hat, noise, t)
         target = training_target(x_hat, noise, *self.schedule.coefficients(t), self.fake.prediction)
-        denoising = (self.fake.network(x_t, t, labels) - target).square().mean()
+        output, middle = self.fake.network.with_middle(x_t, t, labels)
+        denoising = (output - target).square().mean()
         real_t = self.schedule.diffuse(x_0, randn_like(x_0, self.generator), t)
-        logits = (self.critic(x, t, labels) for x in (real_t, x_t))
-        return (denoising + FAKE_GAN * discriminator_loss(*logits),)
+        real, fake = self.critic(real_t, t, labels), self.critic.judge(middle)
+        return (denoising + FAKE_GAN * discriminator_loss(real, fake),)
 
     def step(self, i):
         """One iteration: the fake-score network's updates, then the generator's."""

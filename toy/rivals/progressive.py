@@ -24,7 +24,7 @@ def rewound(z_t, z_after, alpha, sigma, alpha_after, sigma_after):
 
 
 def weight(alpha, sigma):
-    """max(SNR, 1): "truncated SNR" (Eq. 9)."""
+    """max(SNR, 1): "truncated SNR" (§4)."""
     return (alpha / sigma).square().clamp(min=1)
 
 
@@ -32,8 +32,6 @@ class Progressive(Training):
     """See the module."""
 
     TITLE = "progressive distillation"
-    LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-    STEPS = (1, 2, 4)
     PHASES = len(PHASE_STEPS)
 
     def __init__(self, *arguments, **more):

@@ -12,7 +12,6 @@ class Regression(OnPairs):
     """See the module."""
 
     TITLE = "regression"
-    LEARNING_RATES = (3e-4, 1e-3, 3e-3)
     STEPS = (1,)
 
     def loss(self, noise, images, labels):

@@ -24,8 +24,8 @@ class Training:
     """
 
     TITLE = ""  # in the table
-    LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # of which compare.py finds the best
-    STEPS = (1,)  # at which the method is scored
+    LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # of which compare.py finds the best
+    STEPS = (1, 2, 4)  # at which the method is scored
     BETA1 = 0.9  # of Adam (β_2 is 0.99, as ADD's)
     PHASES = 1  # of equal numbers of steps; the steps of one phase take equal time
     PAIRS = False  # whether it learns from the teacher's samples (pairs.py)
@@ -43,7 +43,6 @@ class Training:
         flip = settings.flip == "true"
         self.batches = Batches(images, labels, settings.distil_batch, seed, flip)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.parts = {"network": self.network}
         self.start(steps)
 
     def start(self, steps):
@@ -120,8 +119,11 @@ class EncoderDiscriminator(nn.Module):
         self.to(next(network.parameters()).device)
 
     def forward(self, x_t, t, labels):
-        h = self.norm(self.conv(self.network.encode(x_t, t, labels)[-1]))
-        return self.last(functional.silu(h).mean((2, 3)))[:, 0]
+        return self.judge(self.network.encode(x_t, t, labels)[-1])
+
+    def judge(self, h):
+        """The logits from the encoder's last map (B, C, H', W')."""
+        return self.last(functional.silu(self.norm(self.conv(h))).mean((2, 3)))[:, 0]
 
 
 def generator_loss(fake_logits):

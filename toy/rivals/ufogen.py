@@ -2,7 +2,8 @@
 and a discriminator compares images diffused to the next smaller timestep, real and generated.
 
 A reconstruction term, the KL divergence between diffusion's last step from either image, holds the
-generator to what x_s still shows. Generator and discriminator start from the teacher.
+generator to what x_s still shows. Generator and discriminator start from the teacher. The timesteps
+s are ADD's four and r the next smaller; the authors' code draws s from all, with r = s - T/4.
 """
 
 import torch
@@ -20,8 +21,8 @@ KL_WEIGHT = 1.0
 
 
 def kl_weight(alpha_s, alpha_r):
-    """Of ‖x_0 - x̂_0‖² in KL(q(x_s | x_r) ‖ p(x_s | x̂_r)), r < s: α_s² / 2 (1 - α_s² / α_r²).
-    It vanishes with α_s."""
+    """Of ‖x_0 - x̂_0‖², averaged over elements, in KL(q(x_s | x_r) ‖ p(x_s | x̂_r)), r < s:
+    α_s² / (2 (1 - α_s² / α_r²)). It vanishes with α_s."""
     return alpha_s.square() / (2 * (1 - (alpha_s / alpha_r).square()))
 
 
@@ -30,7 +31,6 @@ class UFOGen(Training):
 
     TITLE = "UFOGen"
     LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-    STEPS = (1, 4)
     BETA1 = 0.0
 
     def __init__(self, *arguments, **more):
