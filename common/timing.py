@@ -1,4 +1,4 @@
-"""What the benchmarks share: functions timed in turn, what a machine can do, tables."""
+"""What the benchmarks share: functions timed in turn, what a machine can do."""
 
 import gc
 import json
@@ -78,12 +78,6 @@ def exponent(sizes, seconds):
     """p of the fit seconds = a · sizes^p, by least squares in the logarithms."""
     x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
     return statistics.linear_regression(x, y).slope
-
-
-def table(head, rows):
-    """Lines of a Markdown table; the cells are strings or numbers."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
 def in_milliseconds(seconds):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import timing
+from common import markdown, timing
 from common.checkpoints import CheckpointError, be_deterministic, brief, one_line
 from common.flags import add_flags, from_dict
 from common.meter import least_seconds, measure
@@ -192,7 +192,7 @@ def whole_iterations(measured, gpu):
             ]
         )
     head = ["batch", "ms", "images/s", "GB", f"GB, --plan on {gpu}", "share of the limit"]
-    return timing.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def parts_of(row):
@@ -211,7 +211,7 @@ def parts_of(row):
     ]
     head = [f"batch {row['batch']}, one iteration", "ms", "share of the time"]
     head += ["share of the limit", "GB", "GB, --plan"]
-    return timing.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def write_page(out, origin, settings, rates, gpu, measured):

@@ -4,6 +4,7 @@ are made from these."""
 import dataclasses
 from dataclasses import dataclass
 
+from common import markdown
 from common.flags import check_choices, check_limits, flag, option, show
 
 COUNT, SHARE, RATE = (1, 10**9), (0, 1), (1e-12, 1e3)
@@ -213,8 +214,8 @@ def from_name(name):
 def as_table(settings):
     """Markdown rows of the settings that differ from the defaults."""
     rows = [
-        f"| `--{flag(f.name)}` | `{getattr(settings, f.name)}` |"
+        [f"`--{flag(f.name)}`", f"`{getattr(settings, f.name)}`"]
         for f in dataclasses.fields(settings)
         if getattr(settings, f.name) != f.default
     ]
-    return "\n".join(["| flag | value |", "|---|---|", *rows])
+    return "\n".join(markdown.table(["flag", "value"], rows))

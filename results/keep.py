@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import markdown
 from toy.report import best_teacher, goals, meets
 
 RESULTS = Path(__file__).resolve().parent
@@ -96,7 +97,7 @@ def short(groups, folder="results/"):
     steps = [f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)]
     head = ["run", "seeds", *steps, "accuracy, 1 and 4 steps", "precision, 1 step"]
     head.append("recall, 1 step, ×")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for group in groups:
         names = seeds_of(group)
         every = [load(name, "results.json")["results"] for name in names]
@@ -111,14 +112,14 @@ def short(groups, folder="results/"):
         its = sum(t["precision"] for t in teachers) / len(names)
         row.append(f"{mine:.3f} (teacher {its:.3f})")
         row.append(spread([s[1]["recall"] / t["recall"] for s, t in pairs], 2))
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        rows.append(row)
+    return markdown.table(head, rows)
 
 
 def summary(groups, folder="results/"):
     """Lines of the table with a row for each group: what the goals are about, in bold where the
     mean misses its goal. folder is where the page finds the runs."""
-    lines = []
+    rows = []
     for group in groups:
         names = seeds_of(group)
         measured = [
@@ -135,10 +136,8 @@ def summary(groups, folder="results/"):
         seconds = [int(cells(table(name, "Seconds").splitlines()[-1])[-1]) for name in names]
         head.append("minutes")
         row.append(f"{sum(seconds) / len(seconds) / 60:.0f}")
-        if not lines:
-            lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        rows.append(row)
+    return markdown.table(head, rows)
 
 
 def fill(text, page="README.md"):

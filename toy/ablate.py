@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import timing
+from common import markdown
 from common.checkpoints import write_text
 from toy.loop import TrainingError
 from toy.settings import Settings
@@ -253,7 +253,7 @@ def table(cells, base):
             ]
             text = "**default**" if row == DEFAULT else f"{title_of(row)} (`{row.name}`)"
             lines.append([text, seeds, *figures])
-    return timing.table(head, lines)
+    return markdown.table(head, lines)
 
 
 def judge(claims, cells, base, head):
@@ -270,7 +270,7 @@ def judge(claims, cells, base, head):
             ]
             lines.append([claim.text, ours, verdict(better, worse), *others])
     head = [head, "here: distance, ×", "verdict", "precision, difference", "accuracy, difference"]
-    return timing.table(head, lines)
+    return markdown.table(head, lines)
 
 
 def draw(path, cells, base):

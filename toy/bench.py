@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import hinge_discriminator, hinge_student, r1, randn_like
-from common import timing
+from common import markdown, timing
 from common.meter import least_seconds, measure
 from common.origin import commit, machine
 from toy.data import Dataset, to_float
@@ -204,8 +204,8 @@ def compared(head, seconds, pairs):
     {title: (numerator, denominator)}, names of those."""
     against = {title: timing.ratios(seconds[a], seconds[b]) for title, (a, b) in pairs.items()}
     rows = [[name, timing.milliseconds(values)] for name, values in seconds.items()]
-    lines = timing.table([head, "ms"], rows) + [""]
-    lines += timing.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
+    lines = markdown.table([head, "ms"], rows) + [""]
+    lines += markdown.table(["", "×"], [[name, timing.multiples(v)] for name, v in against.items()])
     return {"seconds": seconds, "ratios": against}, lines
 
 
@@ -276,7 +276,7 @@ def limits(bench, repeats):
         for name in flops
     ]
     stored = {"flops": flops, "flops_per_second": speed, "least_seconds": least}
-    return stored, timing.table(["", "GFLOP", "GFLOP/s", "share of the limit"], rows)
+    return stored, markdown.table(["", "GFLOP", "GFLOP/s", "share of the limit"], rows)
 
 
 def growth(bench, repeats):
@@ -305,7 +305,7 @@ def growth(bench, repeats):
         rows[-1][-1] = f"{fits[what]:.2f}"
     stored = {f"{what} {size}": values for (what, size), values in seconds.items()}
     head = ["", "ms", "exponent of the last three"]
-    return {"seconds": stored, "exponents": fits}, timing.table(head, rows)
+    return {"seconds": stored, "exponents": fits}, markdown.table(head, rows)
 
 
 def _one_of_many(settings, device, threads, barrier, queue, steps):
@@ -356,7 +356,7 @@ def processes(bench, repeats):
         each = timing.milliseconds([value for values in rounds for value in values])
         speed = statistics.median(sum(1 / value for value in values) for values in rounds)
         rows.append([name, each, f"{speed:.2f}"])
-    return seconds, timing.table(["", "ms", "steps a second, all together"], rows)
+    return seconds, markdown.table(["", "ms", "steps a second, all together"], rows)
 
 
 def memory(bench, repeats):
@@ -366,7 +366,7 @@ def memory(bench, repeats):
     size = sum(p.numel() * p.element_size() for p in parameters)
     rows = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]
     rows.append(["for scale: the weights that are trained", f"{size / 2**20:.1f}"])
-    return peaks, timing.table(["", "MiB"], rows)
+    return peaks, markdown.table(["", "MiB"], rows)
 
 
 SECTIONS = {f.__name__: f for f in (step, sampling, limits, growth, processes, memory)}

@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import ddim
-from common import timing
+from common import markdown, timing
 from common.checkpoints import write_text
 from toy.distil import prepare
 from toy.loop import TrainingError, run_loop
@@ -352,7 +352,7 @@ def table(lines, contests):
         row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
         row += [len(line.figures["fd"])]
         rows.append([f"**{cell}**" if line in best and cell != "" else cell for cell in row])
-    return timing.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def draw(path, lines):

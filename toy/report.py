@@ -1,6 +1,7 @@
 """Writes report.md: what was run, what it cost, the table, whether the goals were met, the
 pictures."""
 
+from common import markdown
 from common.origin import commit, machine
 from toy.loop import read_log
 
@@ -69,15 +70,11 @@ def goals(results, preset):
 
 def table(results):
     """The Markdown table of every measured row."""
-    real = results["real"]
-    lines = [
-        "| | steps | guidance | evaluations | Fréchet distance ↓ | class accuracy "
-        "| precision | recall | variance (pixels, features; × real) | images/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    has_fid = "fid_images" in results
+    real, has_fid, rows = results["real"], "fid_images" in results, []
+    head = ["", "steps", "guidance", "evaluations", "Fréchet distance ↓", "class accuracy"]
+    head += ["precision", "recall", "variance (pixels, features; × real)", "images/s"]
     if has_fid:
-        lines = [lines[0] + f" FID ({results['fid_images']:,}) |", lines[1] + "---|"]
+        head.append(f"FID ({results['fid_images']:,})")
     teachers, students = results["teacher"], [*results["started"], *results["student"]]
     for row in [real, *teachers, results["solver"], *students]:
         asked = [row[name] for name in ("steps", "guidance", "evaluations")]
@@ -94,12 +91,9 @@ def table(results):
         accuracy = f"{row['accuracy']:.1%}"
         if not results.get("conditional", True) and row is not real:
             accuracy = variance = "–"  # nobody asked for a class
-        lines.append(
-            f"| {name} | {steps} | {guidance} | {evaluations} | {distance} "
-            f"| {accuracy} | {row['precision']:.2f} | {recall} "
-            f"| {variance} | {speed} |" + has_fid * f" {fid} |"
-        )
-    return lines
+        cells = [name, steps, guidance, evaluations, distance, accuracy, f"{row['precision']:.2f}"]
+        rows.append([*cells, recall, variance, speed, *([fid] if has_fid else [])])
+    return markdown.table(head, rows)
 
 
 # Column of distil/log.csv → what the report says of it; toy/README.md has the healthy ranges.
@@ -119,13 +113,8 @@ def health(log):
     right, real and generated."""
     tail = {name: values[-max(1, len(values) // 10) :] for name, values in log.items()}
     mean = {name: sum(values) / len(values) for name, values in tail.items()}
-    figures = [f"{mean[name]:.3g}" for name in HEALTH]
-    lines = [
-        "| " + " | ".join(HEALTH.values()) + " | steps skipped, not finite |",
-        "|" + "---|" * (len(HEALTH) + 1),
-        "| " + " | ".join([*figures, f"{log['nonfinite'][-1]:.0f}"]) + " |",
-        "",
-    ]
+    figures = [f"{mean[name]:.3g}" for name in HEALTH] + [f"{log['nonfinite'][-1]:.0f}"]
+    lines = [*markdown.table([*HEALTH.values(), "steps skipped, not finite"], [figures]), ""]
     if mean["discriminator_won"] >= 0.5:
         lines += [
             "**The discriminator has won**: it tells 19 of 20 tokens right, and the student learns "
@@ -135,25 +124,10 @@ def health(log):
     return lines
 
 
-def write_report(folder, data, settings, preset, command, results, seconds, device, memory_gib):
-    """folder/report.md."""
+def explanation(results, guidances):
+    """What the figures of the table are."""
     n, tests = f"{results['n']:,}", f"{results['test_images']:,}"
-    guidances = ", ".join(f"{g:g}" for g in settings.eval_guidances)
-    lines = [
-        f"# ADD on {data.name}",
-        "",
-        f"`{command}` · preset `{preset}` · seed {settings.seed} · {machine(device)} · "
-        f"{settings.precision} · commit {commit()}",
-        "",
-        f"{len(data.train_images):,} training images, {tests} held-out test images, "
-        f"{len(data.classes)} classes.",
-        "",
-        "![teacher and student from the same noise](comparison.png)",
-        "",
-        "## Figures",
-        "",
-        *table(results),
-        "",
+    return (
         "The Fréchet distance is taken in the 64 features of this run's metric network (a small "
         f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, not the "
         "discriminator's network nor its architecture), "
@@ -166,16 +140,55 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         f"±: 95 % confidence interval over draws of {n} images (jackknife). "
         "Variance: within a class, mean over the classes. "
         "The teacher's guidance is the one with the least distance at "
-        f"{results['search_steps']} steps, of {guidances}; the student uses none.",
+        f"{results['search_steps']} steps, of {', '.join(f'{g:g}' for g in guidances)}; the "
+        "student uses none."
+    )
+
+
+PICTURES = """## Pictures
+
+The student refines its own estimate, with fresh noise between steps:
+
+![refinement](refinement.png)
+
+What the distillation loss asks for: a real image x_0, diffused to x_s, what the student makes of \
+it, that diffused again, and what the teacher makes of that, the target:
+
+![reconstruction targets](targets.png)
+
+![distance against network evaluations](cost.png)
+
+![losses](curves.png)
+"""
+
+
+def write_report(folder, data, settings, preset, command, results, seconds, device, memory_gib):
+    """folder/report.md."""
+    judged = [
+        [what, f"{value:.3f}", goal, "met" if met else "**missed**"]
+        for what, value, goal, met in goals(results, preset)
+    ]
+    spent = [f"{s:.0f}" for s in [*seconds.values(), sum(seconds.values())]]
+    lines = [
+        f"# ADD on {data.name}",
+        "",
+        f"`{command}` · preset `{preset}` · seed {settings.seed} · {machine(device)} · "
+        f"{settings.precision} · commit {commit()}",
+        "",
+        f"{len(data.train_images):,} training images, {results['test_images']:,} held-out test "
+        f"images, {len(data.classes)} classes.",
+        "",
+        "![teacher and student from the same noise](comparison.png)",
+        "",
+        "## Figures",
+        "",
+        *table(results),
+        "",
+        explanation(results, settings.eval_guidances),
         "",
         "## Goals",
         "",
-        "| one-step and few-step student against its teacher | measured | goal | |",
-        "|---|---|---|---|",
-        *(
-            f"| {what} | {v:.3f} | {goal} | {'met' if met else '**missed**'} |"
-            for what, v, goal, met in goals(results, preset)
-        ),
+        *markdown.table(["student against its teacher", "measured", "goal", ""], judged),
         "",
         "## Health",
         "",
@@ -185,27 +198,11 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         *health(read_log(folder / "distil" / "log.csv")),
         "## Seconds",
         "",
-        "| " + " | ".join(seconds) + " | all |",
-        "|" + "---|" * (len(seconds) + 1),
-        "| " + " | ".join(f"{s:.0f}" for s in [*seconds.values(), sum(seconds.values())]) + " |",
+        *markdown.table([*seconds, "all"], [spent]),
         "",
         f"Peak memory of the process: {memory_gib:.2f} GiB. "
         "A stage that was reused counts with the seconds it once took.",
         "",
-        "## Pictures",
-        "",
-        "The student refines its own estimate, with fresh noise between steps:",
-        "",
-        "![refinement](refinement.png)",
-        "",
-        "What the distillation loss asks for: a real image x_0, diffused to x_s, what the student "
-        "makes of it, that diffused again, and what the teacher makes of that, the target:",
-        "",
-        "![reconstruction targets](targets.png)",
-        "",
-        "![distance against network evaluations](cost.png)",
-        "",
-        "![losses](curves.png)",
-        "",
+        PICTURES,
     ]
     (folder / "report.md").write_text("\n".join(lines))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import timing
+from common import markdown, timing
 from common.checkpoints import write_text
 from toy.distil import prepare
 from toy.loop import run_loop
@@ -115,7 +115,7 @@ def table(teachers, curves):
         minutes = show({seed: row["seconds"] / 60 for seed, row in at.items()}, 1)
         seeds = f"{len(at)} of {len(distances)}"
         cells.append([steps, show(distances), seeds, iterations or "–", minutes or "–"])
-    return timing.table(head, cells)
+    return markdown.table(head, cells)
 
 
 def draw(path, teachers, curves):

@@ -14,6 +14,8 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from common import markdown
+
 COLUMNS = ("study", "voter", "prompt", "left", "right", "choice")
 SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5}
 START, K = 1000.0, 1.0  # Appendix B
@@ -138,30 +140,27 @@ def report(games, excluded, bootstraps, seed):
         lines += [
             f"## {study}: {len(played)} votes",
             "",
-            "| | against | win rate | 95 % (Wilson) | votes |",
-            "|---|---|---|---|---|",
         ]
-        lines += [
-            f"| {a} | {b} | {p:.1%} | {low:.1%} to {high:.1%} | {n} |"
+        rows = [
+            [a, b, f"{p:.1%}", f"{low:.1%} to {high:.1%}", n]
             for (a, b), (p, low, high, n) in win_rates(played).items()
         ]
-        lines.append("")
+        head = ["", "against", "win rate", "95 % (Wilson)", "votes"]
+        lines += [*markdown.table(head, rows), ""]
     ratings = {
         study: bootstrapped_elo(played, bootstraps, seed) for study, played in studies.items()
     }
     names = sorted({name for r in ratings.values() for name in r})
     means = {n: [r[n][0] for r in ratings.values() if n in r] for n in names}
     lines += [f"## ELO: start {START:.0f}, K = {K:g}, {bootstraps} bootstraps, seed {seed}", ""]
-    lines += [
-        "| | mean | " + " | ".join(f"{s} (95 %)" for s in ratings) + " |",
-        "|---|---|" + "---|" * len(ratings),
-    ]
+    rows = []
     for n in sorted(names, key=lambda n: -sum(means[n]) / len(means[n])):
         cells = [
             f"{r[n][0]:.0f} ({r[n][1]:.0f} to {r[n][2]:.0f})" if n in r else ""
             for r in ratings.values()
         ]
-        lines.append(f"| {n} | {sum(means[n]) / len(means[n]):.0f} | {' | '.join(cells)} |")
+        rows.append([n, f"{sum(means[n]) / len(means[n]):.0f}", *cells])
+    lines += markdown.table(["", "mean", *(f"{s} (95 %)" for s in ratings)], rows)
     names = [", ".join(excluded)] if excluded else []
     lines += [
         "",

@@ -1,5 +1,7 @@
 """What full/study/evaluate.py measured, as Markdown and as a plot."""
 
+from common import markdown
+
 LABELS = {"teacher": "teacher, DPM-Solver++", "student": "student"}
 COLOURS = {"teacher": "#4878a8", "student": "#d1495b"}
 PAPER = """The paper's own numbers, for reference, not measured here (Table 2: SD1.5, its CLIP
@@ -14,23 +16,13 @@ scores times 100):
 
 def table(rows):
     """Lines of Markdown."""
-    columns = (
-        "model",
-        "steps",
-        "guidance",
-        "U-Net evaluations",
-        "FID ↓",
-        "CLIP ↑",
-        "seconds/image",
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    head = ["model", "steps", "guidance", "U-Net evaluations", "FID ↓", "CLIP ↑", "seconds/image"]
+    lines = []
     for r in rows:
         guidance = f"{r['guidance']:g}" if r["guidance"] > 1 else "none"
-        scores = f"{r['fid']:.2f} | {r['clip']:.2f} | {r['seconds']:.3g}"
-        lines.append(
-            f"| {LABELS[r['model']]} | {r['steps']} | {guidance} | {r['evaluations']} | {scores} |"
-        )
-    return lines
+        scores = [f"{r['fid']:.2f}", f"{r['clip']:.2f}", f"{r['seconds']:.3g}"]
+        lines.append([LABELS[r["model"]], r["steps"], guidance, r["evaluations"], *scores])
+    return markdown.table(head, lines)
 
 
 def report(result):
