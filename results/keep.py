@@ -75,8 +75,9 @@ def is_kept(name):
 
 def seeds_of(group):
     """The kept runs of a group, in the order of their seeds."""
-    runs = [run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md")]
-    return sorted(runs, key=lambda name: int(name.rpartition("-seed")[2]))
+    found = [run.parent.name for run in RESULTS.glob(f"{group}-seed*/report.md")]
+    seeds = {name: name.rpartition("-seed")[2] for name in found}
+    return sorted((name for name in found if seeds[name].isdecimal()), key=lambda n: int(seeds[n]))
 
 
 def load(name, file):

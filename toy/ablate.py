@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import markdown
 from common.checkpoints import write_text
-from toy.loop import TrainingError
+from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import (
     FIGURES,
@@ -29,6 +29,7 @@ from toy.testbed import (
     make_parser,
     mean_and_spread,
     of_seed,
+    origin_of,
     run_program,
     show,
     sources,
@@ -196,37 +197,51 @@ def run_cells(arguments, cells, device):
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
-        if not cells.read("teacher", base, bed.data.fingerprint):
+        if not cells.read("teacher", base, bed.origin):
             cells.write("teacher", base, bed, [bed.of_the_teacher()], 0)
         for row in wanted:
             settings = settings_of(row, base)
-            if cells.read(row.name, settings, bed.data.fingerprint):
+            if cells.read(row.name, settings, bed.origin):
                 continue
             print(f"{row.name}, seed {seed}", flush=True)
             try:
                 rows, seconds = bed.add(settings)
                 cells.write(row.name, settings, bed, rows, seconds)
-            except TrainingError as error:  # the other rows can be done all the same
+            except NotFinite as error:  # the other rows can be done all the same
                 print(f"  {error}", flush=True)
                 cells.write(row.name, settings, bed, [], 0, error=str(error))
 
 
-def teachers(cells, base):
-    """{seed: the teacher's row} of these settings."""
-    found = {seed: cells.read("teacher", of_seed(base, seed)) for seed in cells.seeds("teacher")}
-    return {seed: cell["rows"][0] for seed, cell in found.items() if cell}
+def cells_of(cells, base, name):
+    """{seed: (the row's cell, its teacher's)}."""
+    found = {}
+    for seed, teacher in cells.teachers(base).items():
+        settings = settings_of(ROWS[name], of_seed(base, seed))
+        if cell := cells.read(name, settings, origin_of(teacher)):
+            found[seed] = cell, teacher
+    return found
 
 
 def collect(cells, base, name, steps, figure):
     """{seed: figure} of a row in that many steps, without the seeds whose training failed.
     Distances are multiples of that seed's teacher's."""
     values = {}
-    for seed, teacher in teachers(cells, base).items():
-        cell = cells.read(name, settings_of(ROWS[name], of_seed(base, seed)))
-        if cell and cell["rows"]:
-            value = next(r[figure] for r in cell["rows"] if r["steps"] == steps)
-            values[seed] = value / teacher["fd"] if figure == "fd" else value
+    for seed, (cell, teacher) in cells_of(cells, base, name).items():
+        for row in cell["rows"]:
+            if row["steps"] == steps:
+                unit = teacher["rows"][0]["fd"] if figure == "fd" else 1
+                values[seed] = row[figure] / unit
     return values
+
+
+def failures(cells, base):
+    """Sentences on the trainings that did not come to their end."""
+    sentences = []
+    for name in ROWS:
+        seeds = [str(s) for s, (cell, _) in cells_of(cells, base, name).items() if not cell["rows"]]
+        if seeds:
+            sentences.append(f"`{name}` came to infinite numbers on seed {', '.join(seeds)}.")
+    return sentences
 
 
 def title_of(row):
@@ -283,8 +298,8 @@ def draw(path, cells, base):
     found = [(title_of(row), collect(cells, base, row.name, 1, "fd")) for row in ROWS.values()]
     found = [(text, list(values.values())) for text, values in found if values][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(found)), layout="constrained")
-    usual = found[-1][1]
-    axes.axvspan(min(usual), max(usual), color="lightgrey")
+    if usual := collect(cells, base, "default", 1, "fd").values():
+        axes.axvspan(min(usual), max(usual), color="lightgrey")
     for i, (_, values) in enumerate(found):
         axes.plot(values, [i] * len(values), ".", color="C0")
         axes.plot([mean_and_spread(values)[0]], [i], "|", color="C3", markersize=10)
@@ -299,22 +314,20 @@ def draw(path, cells, base):
 
 def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are."""
-    rows = teachers(cells, base)
-    read = [
-        cells.read(row.name, settings_of(row, of_seed(base, seed)))
-        for seed in rows
-        for row in ROWS.values()
-    ]
+    teachers = cells.teachers(base)
+    read = [cell for name in ROWS for cell, _ in cells_of(cells, base, name).values()]
     commits, machines = sources(read)
+    seeds = ", ".join(map(str, teachers))
     fd, precision, recall, accuracy = (
-        show({seed: row[name] for seed, row in rows.items()}) for name in FIGURES
+        show({seed: cell["rows"][0][name] for seed, cell in teachers.items()}) for name in FIGURES
     )
     remarks = [text for name, text in REMARKS.items() if collect(cells, base, name, 1, "fd")]
+    remarks += failures(cells, base)
     lines = [
         f"# Table 1 on {base.dataset}",
         "",
-        f"`{command}` · seeds {', '.join(map(str, rows))} · {base.distil_steps} ADD iterations a "
-        f"cell · {machines} · commit {commits}",
+        f"`{command}` · seeds {seeds} · {base.distil_steps} ADD iterations a cell · {machines} · "
+        f"commit {commits}",
         "",
         "Every row is one change from the default run. Mean ± standard deviation over the seeds. "
         f"Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "

@@ -6,6 +6,7 @@ where the page is.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -45,12 +46,13 @@ def load_teacher(run, student):
     state = read_last(run / "teacher" / "checkpoint.pt")
     if state is None:
         raise TrainingError(f"--run {run}: its teacher is missing; python toy/run.py makes one")
-    # The student may be of another size.
-    stored = json.loads((run / "config.json").read_text())["settings"]
-    network, encode = student.denoiser.network, student.denoiser.encode
-    channels = network.stem.in_channels // network.patch**2
-    teacher = make_denoiser(channels, network.classes, from_dict(Settings, stored), encode)
-    teacher.network.bf16 = network.bf16
+    teacher = copy.deepcopy(student.denoiser)
+    settings = from_dict(Settings, json.loads((run / "config.json").read_text())["settings"])
+    if settings.distil_widths:  # the student has another size
+        network = student.denoiser.network
+        channels = network.stem.in_channels // network.patch**2
+        teacher = make_denoiser(channels, network.classes, settings, student.denoiser.encode)
+        teacher.network.bf16 = network.bf16
     weights = {
         name.removeprefix("module."): x
         for name, x in state["ema"].items()

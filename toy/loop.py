@@ -22,6 +22,10 @@ class TrainingError(Exception):
     """A run that cannot go on; the message is one line."""
 
 
+class NotFinite(TrainingError):
+    """A training has come to numbers that are not finite: it would again."""
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """What a stage of a run works with."""
@@ -135,8 +139,8 @@ def run_loop(stage, label, parts, step, steps, *, log_every=10):
     A checkpoint is written every checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped
     follows). If the last complete one in the folder has the stage's key, the loop goes on from it.
 
-    A step that raises FloatingPointError, or returns what is not finite, ends the run with a
-    TrainingError. The first skip_nonfinite that only raise are counted in the log instead.
+    A step that raises FloatingPointError, or returns what is not finite, ends the run with
+    NotFinite. The first skip_nonfinite that only raise are counted in the log instead.
     """
     loop = Loop(stage, label, parts, step, steps)
     loop.run(log_every)
@@ -212,11 +216,11 @@ class Loop:
         self.window.pending.append(values)
 
     def error(self, i, what):
-        """The TrainingError of step i."""
+        """The NotFinite of step i."""
         last = "none was written yet"
         if self.saved_step is not None:
             last = f"{self.path} is of step {self.saved_step}"
-        return TrainingError(
+        return NotFinite(
             f"{self.label}, step {i + 1}: {what}; the last good checkpoint: {last}; "
             "--skip-nonfinite N lets N such steps go by"
         )

@@ -21,7 +21,7 @@ from common.origin import commit, machine
 from toy.distil import distil
 from toy.evaluate import Scorer
 from toy.features import make_features
-from toy.loop import Stage, TrainingError
+from toy.loop import NotFinite, Stage
 from toy.metrics import STUDENT_T, train_metric_net
 from toy.run import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import DATASETS, PRESETS, Settings, stage_key
@@ -39,6 +39,11 @@ class Testbed:
         self.settings, self.device = settings, device
         self.data = load_data(settings)
         self.folder = folder / f"{self.data.kind}-seed{settings.seed}"
+
+    @property
+    def origin(self):
+        """What the cells of a seed have in common: see Cells.read."""
+        return self.data.fingerprint, self.settings.precision
 
     def stage(self, name, settings):
         """The stage of that name, in a folder of its own."""
@@ -64,12 +69,12 @@ class Testbed:
 
     def add(self, settings, counts=STEPS):
         """(figures of the student at these numbers of steps, seconds of training) of the ADD
-        training of these settings. Its folder is removed, also after a TrainingError: what it
-        could be resumed from would fail again."""
+        training of these settings. Its folder is removed, also after NotFinite: what it could be
+        resumed from would fail again."""
         stage, *ingredients = self.ingredients(settings)
         try:
             student, seconds = distil(stage, *ingredients)
-        except TrainingError:
+        except NotFinite:
             clean(stage)
             raise
         # A student of one timestep is sampled at the others, too.
@@ -99,13 +104,13 @@ class Cells:
         found = self.folder.glob(f"{row}-seed*.json")
         return sorted(int(path.stem.rpartition("-seed")[2]) for path in found)
 
-    def read(self, row, settings, fingerprint=None):
+    def read(self, row, settings, origin=None):
         """The cell of these settings, their seed among them; None if there is none. ValueError if
         the file is no cell.
 
-        With a fingerprint it must be of the data with that fingerprint and of the settings'
-        precision. Both differ between machines (glyphs in single bits), and all cells of a seed
-        should come from one machine. A page, which gives none, shows seeds of several machines.
+        An origin, (fingerprint of the data, precision), must be the cell's. Both differ between
+        machines (glyphs in single bits). All cells of a seed have the origin of its teacher's, but
+        a page may show seeds of several machines.
         """
         path = self._path(row, settings.seed)
         if not path.exists():
@@ -114,11 +119,19 @@ class Cells:
             cell = json.loads(path.read_text())
             own, asked = cell["settings"], stored_settings(settings)
             fits = own | {"precision": settings.precision} == asked
-            if fingerprint is not None:
-                fits &= cell["data"] == fingerprint and own["precision"] == settings.precision
+            fits &= origin in (None, origin_of(cell))
             return cell if fits and isinstance(cell["rows"], list) else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no cell of this version; remove it") from error
+
+    def teachers(self, base):
+        """{seed: the teacher's cell} of whatever seeds of these settings. ValueError if there is
+        none."""
+        found = {seed: self.read("teacher", of_seed(base, seed)) for seed in self.seeds("teacher")}
+        found = {seed: cell for seed, cell in found.items() if cell}
+        if not found:
+            raise ValueError(f"{self.folder}: no cells of these settings; leave out --page")
+        return found
 
     def write(self, row, settings, bed, rows, seconds, **more):
         """Keep a cell: the rows are a Scorer's."""
@@ -133,6 +146,11 @@ class Cells:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._path(row, settings.seed), json.dumps(cell | more, indent=1) + "\n")
+
+
+def origin_of(cell):
+    """(fingerprint of its data, its precision)."""
+    return cell["data"], cell["settings"]["precision"]
 
 
 def stored_settings(settings):

@@ -29,6 +29,7 @@ from toy.testbed import (
     clean,
     make_parser,
     of_seed,
+    origin_of,
     run_program,
     show,
     sources,
@@ -91,12 +92,12 @@ def run_cells(arguments, cells, device):
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
-        if not cells.read("teacher", base, bed.data.fingerprint):
+        if not cells.read("teacher", base, bed.origin):
             teacher = bed.teacher(base)
             guidance = bed.scorer.guided(teacher)[2]
             rows = [bed.scorer.teacher(teacher, steps, guidance) for steps in TEACHER_STEPS]
             cells.write("teacher", base, bed, rows, 0)
-        curve = cells.read("curve", base, bed.data.fingerprint)
+        curve = cells.read("curve", base, bed.origin)
         if not curve or curve.get("every", EVERY) != arguments.every:
             curve, stage = train(bed, arguments.every)
             cells.write("curve", base, bed, curve.rows, curve.seconds, every=arguments.every)
@@ -142,22 +143,20 @@ def draw(path, teachers, curves):
 
 def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png."""
-    seeds = arguments.seeds
-    stored = {
-        name: {seed: cells.read(name, of_seed(base, seed)) for seed in seeds}
-        for name in ("teacher", "curve")
-    }
-    commits, machines = sources(stored["curve"].values())
-    teachers, curves = (
-        {seed: cell["rows"] for seed, cell in cells.items()} for cells in stored.values()
-    )
+    found = cells.teachers(base)
+    stored = {s: cells.read("curve", of_seed(base, s), origin_of(t)) for s, t in found.items()}
+    stored = {seed: cell for seed, cell in stored.items() if cell}
+    commits, machines = sources(stored.values())
+    curves = {seed: cell["rows"] for seed, cell in stored.items()}
+    teachers = {seed: found[seed]["rows"] for seed in curves}
+    every = " or ".join(sorted({str(cell.get("every", EVERY)) for cell in stored.values()}))
     lines = [
         f"# Time to quality on {base.dataset}",
         "",
-        f"`{command}` · seeds {', '.join(map(str, seeds))} · {machines} · commit {commits}",
+        f"`{command}` · seeds {', '.join(map(str, curves))} · {machines} · commit {commits}",
         "",
         f"How long ADD trains ({base.distil_steps} iterations in all, scored every "
-        f"{arguments.every}) until one step of the student is, and stays, closer to the test "
+        f"{every}) until one step of the student is, and stays, closer to the test "
         "images than the teacher at its best guidance.",
         "",
         *table(teachers, curves),

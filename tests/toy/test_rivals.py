@@ -13,9 +13,10 @@ from torch.nn import functional
 from toy_runs import call, main_in_process, make_teacher, stage_at
 
 from add import Denoiser, ddim
-from toy import compare
+from common.checkpoints import CheckpointError
+from toy import compare, compare_page, methods
 from toy.data import Dataset
-from toy.loop import TrainingError
+from toy.loop import NotFinite
 from toy.rivals import consistency, dmd2, pairs, progressive, ufogen
 from toy.rivals.consistency import Consistency
 from toy.rivals.dmd2 import DMD2
@@ -469,10 +470,13 @@ def test_dmd2_fake_score_learns_generated_images_and_its_head_to_tell(tmp_path, 
     assert (seen[0] - alpha * x_0).std() == pytest.approx(sigma.item(), rel=0.2)
 
 
-def test_a_critic_judges_the_middle_of_a_pass_as_it_judges_the_image(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_critic_judges_the_middle_of_a_pass_as_it_judges_the_image(bf16, tmp_path):
     training = make(DMD2, tmp_path)
+    training.fake.network.bf16 = bf16
     x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 9, 499, 999]), torch.arange(4) % 3
     output, middle = training.fake.network.with_middle(x, t, labels)
+    assert output.dtype == middle.dtype == torch.float32
     torch.testing.assert_close(training.critic.judge(middle), training.critic(x, t, labels))
     assert torch.equal(output, training.fake.network(x, t, labels))
 
@@ -541,14 +545,25 @@ def taking(seconds):
 def test_a_rival_takes_as_many_steps_as_fit_into_adds_time(tmp_path):
     Clocked.now, stage = 0.0, stage_at(tmp_path / "clocked", distil_steps=5)
     trial = Clocked(stage, None, 0, 12, 1)
-    assert compare.paces([taking(4), trial.step], 2, CPU, lambda: Clocked.now) == [4, 2]
+    calls = []
+
+    def add_step(i):
+        calls.append("add")
+        taking(4)(i)
+
+    def step(i):
+        calls.append("rival")
+        trial.step(i)
+
+    assert compare.paces([add_step, step], 2, CPU, lambda: Clocked.now) == [4, 2]
+    assert calls == ["add", "rival"] * 2 * compare.TRIAL_STEPS  # in turn
     arguments = (stage, None, 1e-4, 1.0)
     training, seconds, steps = compare.train_rival(
-        Clocked, *arguments, taking(4), lambda: Clocked.now
+        Clocked, *arguments, lambda: taking(4), lambda: Clocked.now
     )
     assert steps == training.steps == 10 and 0 <= seconds < 5  # run_loop's are the machine's
     assert Clocked.finished == 1
-    steps = compare.train_rival(Clocked, *arguments, taking(0.01), lambda: Clocked.now)[2]
+    steps = compare.train_rival(Clocked, *arguments, lambda: taking(0.01), lambda: Clocked.now)[2]
     assert steps == 2  # a phase one
 
 
@@ -568,7 +583,7 @@ def test_the_time_of_drawing_pairs_is_taken_off(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "draw_pairs", draw)
     stage = stage_at(tmp_path / "clocked", distil_steps=5)
     _, seconds, steps = compare.train_rival(
-        OnPairs, stage, None, 1e-4, 2.0, taking(4), lambda: Clocked.now
+        OnPairs, stage, None, 1e-4, 2.0, lambda: taking(4), lambda: Clocked.now
     )
     assert steps == 4 and 12 <= seconds < 17
 
@@ -583,9 +598,10 @@ def row(fd, steps=1, name="r"):
 
 
 def write(cells, method, lr, base, rows, **more):
-    method = compare.METHODS[method]
-    settings = compare.settings_of(method, lr, base)
-    cells.write(compare.cell_name(method, lr), settings, BED, rows, 60, **more)
+    method = methods.METHODS[method]
+    settings = methods.settings_of(method, lr, base)
+    more = {"version": methods.VERSION} | more
+    cells.write(methods.cell_name(method, lr), settings, BED, rows, 60, **more)
 
 
 def rows_of(*distances):
@@ -593,38 +609,33 @@ def rows_of(*distances):
 
 
 def test_the_best_learning_rate_has_the_least_geometric_mean_of_distances(tmp_path):
-    cells, base, method = Cells(tmp_path), Settings(seed=2), compare.METHODS["dmd2"]
+    cells, base, method = Cells(tmp_path), Settings(seed=2), methods.METHODS["dmd2"]
     tuning = dataclasses.replace(base, seed=0)
-    assert compare.best_rate(cells, method, base) is None
+    assert methods.best_rate(cells, method, base) is None
     write(cells, "dmd2", 1e-3, tuning, rows_of(8.0, 2.0, 1.0))  # 2.5, and the larger mean
     write(cells, "dmd2", 1e-4, tuning, rows_of(3.0, 3.0, 3.0))
+    assert methods.best_rate(cells, method, base) is None  # not all have been tried
     write(cells, "dmd2", 3e-4, tuning, [], error="loss is nan")
+    assert methods.best_rate(cells, method, base) is None  # there is no teacher's cell
+    cells.write("teacher", tuning, BED, [row(1.0, 50)], 0)
     write(cells, "dmd2", 3e-4, base, rows_of(0.1, 0.1, 0.1))  # of another seed
-    assert compare.best_rate(cells, method, base) == 1e-3
+    assert methods.best_rate(cells, method, base) == 1e-3
     write(cells, "dmd2", 1e-3, tuning, [row(0.1), row(0.1, 4)])  # once scored at other steps
-    assert compare.best_rate(cells, method, base) == 1e-4
+    assert methods.best_rate(cells, method, base) is None
+    write(cells, "dmd2", 1e-3, tuning, rows_of(0.1, 0.1, 0.1), version=1)  # of other code
+    assert methods.best_rate(cells, method, base) is None
     other = dataclasses.replace(base, distil_steps=7)
-    assert compare.best_rate(cells, method, other) is None
+    assert methods.best_rate(cells, method, other) is None
 
 
 def pages(folder, add, regression):
     """Lines of a made-up comparison over seeds 1 and 2."""
-    cells, base = Cells(folder), Settings(seed=1)
+    teachers, found = {}, {"add": {}, "regression": {}}
     for i, seed in enumerate((1, 2)):
-        mine = dataclasses.replace(base, seed=seed)
-        rows = [row(2.0, 50, "DDIM"), row(0.5, 4, "DDIM"), row(30.0, 1, "DDIM")]
-        cells.write("teacher", mine, BED, rows, 0)
-        steps = compare.ADD.steps
-        write(cells, "add", 3e-4, mine, [row(add[i], k) for k in steps])
-        write(cells, "regression", 3e-4, mine, [row(regression[i])])
-    for lr in compare.Regression.LEARNING_RATES:
-        tuning = dataclasses.replace(base, seed=0)
-        write(cells, "regression", lr, tuning, [row(1 + abs(lr - 3e-4))])
-    write(cells, "add", 3e-4, dataclasses.replace(base, seed=0), rows_of(1.0, 1.0, 1.0))
-    methods = [compare.METHODS[name] for name in ("add", "regression")]
-    rates = {method.name: compare.best_rate(cells, method, base) for method in methods}
-    assert rates == {"add": 3e-4, "regression": 3e-4}
-    return compare.lines_of(cells, rates, base, [1, 2])
+        teachers[seed] = [row(2.0, 50, "DDIM"), row(0.5, 4, "DDIM"), row(30.0, 1, "DDIM")]
+        found["add"][seed] = {"seconds": 60, "rows": rows_of(*[add[i]] * 3)}
+        found["regression"][seed] = {"seconds": 60, "rows": [row(regression[i])]}
+    return compare_page.lines_of(teachers, found, {"add": 3e-4, "regression": 3e-4})
 
 
 def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp_path):
@@ -634,16 +645,16 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
         ("teacher, DDIM", 50), ("teacher, DDIM", 4), ("teacher, DDIM", 1),
     ]  # fmt: skip
     assert lines[2].figures["fd"] == {1: 0.5, 2: 0.6} and lines[2].minutes == {1: 1, 2: 1}
-    assert compare.contested(lines) == [1, 4]  # nobody else has two steps
-    assert compare.conclusion(lines, 1) == (
+    assert compare_page.contested(lines) == [1, 4]  # nobody else has two steps
+    assert compare_page.conclusion(lines, 1) == (
         "In one step ADD has the shortest distance (0.55 ± 0.07; regression 4.10 ± 0.14). "
         "The difference is more than noise."
     )
-    page = compare.table(lines, compare.contested(lines))
+    page = compare_page.table(lines, compare_page.contested(lines))
     bold = [text for text in page if "**" in text]
     assert len(bold) == 2 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
     assert bold[1].startswith("| **teacher, DDIM** | **4** |")
-    assert compare.conclusion(lines, 4) == (
+    assert compare_page.conclusion(lines, 4) == (
         "In four steps teacher, DDIM has the shortest distance (0.25 ± 0.00; ADD 0.55 ± 0.07). "
         "The difference is within noise."
     )
@@ -651,7 +662,7 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
     assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 | 2 |")
     assert "| teacher, DDIM | 50 | 50.000 ± 0.000 |" in page[6]
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
-    assert compare.conclusion(lines, 1) == (
+    assert compare_page.conclusion(lines, 1) == (
         "In one step regression has the shortest distance (0.85 ± 0.07; ADD 2.75 ± 2.47). "
         "The difference is within noise."
     )
@@ -659,28 +670,72 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
 
 def test_a_mean_that_most_seeds_contradict_is_said_to_be_so():
     def line(method, distances):
-        return compare.Line(method, 1, {"fd": distances}, {}, None)
+        return compare_page.Line(method, 1, {"fd": distances}, {}, None)
 
     add = line("ADD", {1: 0.9, 2: 0.91, 3: 0.9, 4: 0.89, 5: 110.0})
     rival = line("regression", {1: 1.0, 2: 1.01, 3: 1.0, 4: 0.99, 5: 108.0})
-    text = compare.conclusion([add, rival], 1)
+    text = compare_page.conclusion([add, rival], 1)
     assert text.startswith("In one step regression has the shortest distance (22.40 ± ")
     assert text.endswith("Most seeds say the opposite, beyond noise.")
+    # A seed that one of them lacks does not count.
     broken = line("regression", {1: 2.0, 2: 2.04})
-    text = compare.conclusion([line("ADD", {1: 1.0, 2: 1.02, 3: 6.0}), broken], 1)
-    assert text.endswith("Most seeds say the opposite, beyond noise.")
+    text = compare_page.conclusion([broken, line("ADD", {1: 1.0, 2: 1.02, 3: 6.0})], 1)
+    assert text == (
+        "In one step ADD has the shortest distance (1.01 ± 0.01; regression 2.02 ± 0.03). "
+        "The difference is more than noise."
+    )
 
 
 def test_rates_at_the_edge_of_their_grid_are_named():
-    assert compare.at_the_edges({"add": 3e-4, "dmd2": 3e-4, "reflow": None}) == []
-    assert compare.at_the_edges({"add": 3e-4, "dmd2": 1e-4, "reflow": 3e-3, "ufogen": 1e-4}) == [
-        "The smallest of its three rates was the best of DMD2, UFOGen.",
-        "The largest of its three rates was the best of 2-rectified flow.",
+    assert compare_page.at_the_edges({"add": 3e-4, "dmd2": 3e-4, "reflow": None}) == []
+    assert compare_page.at_the_edges(
+        {"add": 3e-4, "dmd2": 1e-4, "reflow": 3e-3, "ufogen": 1e-4}
+    ) == [
+        "The smallest of the three rates was best for DMD2, UFOGen.",
+        "The largest of the three rates was best for 2-rectified flow.",
         "A wider search may bring these closer.",
     ]
 
 
-@pytest.mark.parametrize("error", [TrainingError, FloatingPointError])  # in training; in the trial
+def test_the_page_hides_the_tuning_seed_and_names_what_is_missing(tmp_path):
+    cells, base = Cells(tmp_path / "compare-glyphs"), Settings(dataset="glyphs")
+    arguments = SimpleNamespace(only=["regression", "dmd2", "ufogen", "reflow"])
+
+    def page():
+        compare_page.write_page(tmp_path / "compare-glyphs", cells, base, arguments, "a command")
+        return (tmp_path / "compare-glyphs.md").read_text()
+
+    with pytest.raises(ValueError, match="no cells of these settings; leave out --page"):
+        page()
+    for seed in (0, 1, 2):
+        mine = dataclasses.replace(base, seed=seed)
+        cells.write("teacher", mine, BED, [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")], 0)
+        for lr in methods.ADD.rates if seed == 0 else (1e-4,):
+            write(cells, "add", lr, mine, rows_of(*[1 + 1e3 * lr + seed] * 3))
+        for lr in Regression.LEARNING_RATES if seed == 0 else (1e-3,):
+            rows = [row(abs(lr - 1e-3) + 9)] if seed < 2 else []
+            write(cells, "regression", lr, mine, rows)
+        for lr in DMD2.LEARNING_RATES if seed == 0 else ():
+            write(cells, "dmd2", lr, mine, [])
+    write(cells, "ufogen", 1e-4, base, rows_of(1.0, 1.0, 1.0))
+    text = page()
+    assert "over seeds 1, 2. " in text and "| ADD | 2 | 2.000 ± 0.000 | 1.30 ± 0.35 |" in text
+    for sentence in (
+        "In one step ADD has the shortest distance (1.05; regression 4.50). One seed cannot tell",
+        "regression came to infinite numbers on seed 2.",
+        "At no rate did DMD2 come to an end.",
+        "Not trained yet, or not at every rate: 2-rectified flow, UFOGen.",
+        "The smallest of the three rates was best for ADD. A wider search",
+    ):
+        assert sentence in text, sentence
+    assert "| regression | 1 | 1.000 | 4.50 |" in text
+    # A cell of another machine than its seed's teacher does not count.
+    other = dataclasses.replace(base, seed=1, precision="fp32")
+    cells.write("teacher", other, BED, [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")], 0)
+    assert "| ADD | 2 | 2.000 | 1.55 | 0.50 |" in page()
+
+
+@pytest.mark.parametrize("error", [NotFinite, FloatingPointError])  # in training; in the trial
 def test_a_method_that_breaks_leaves_a_cell_without_rows(error, tmp_path, monkeypatch):
     def broken(*arguments):
         raise error("step 3: student loss is nan")
@@ -690,11 +745,16 @@ def test_a_method_that_breaks_leaves_a_cell_without_rows(error, tmp_path, monkey
     cells.write("teacher", base, BED, [row(1.0, 50)], 0)
     bed = SimpleNamespace(settings=base, device=CPU, data=BED.data, add=broken)
     for name in ("regression", "add"):
-        method = compare.METHODS[name]
+        method = methods.METHODS[name]
         compare.run_cell(cells, bed, method, 1e-3)
-        cell = compare.find(cells, method, 1e-3, base)
+        cell = methods.find(cells, method, 1e-3, base, ("mine", base.precision))
         assert cell["rows"] == [] and cell["error"] == "step 3: student loss is nan"
-        assert compare.best_rate(cells, method, base) is None
+        assert methods.best_rate(cells, method, base) is None
+    with pytest.raises(CheckpointError):  # what is no answer to whether it diverges
+        monkeypatch.setattr(
+            compare, "of_a_rival", lambda *_: (_ for _ in ()).throw(CheckpointError)
+        )
+        compare.run_cell(cells, bed, methods.METHODS["dmd2"], 1e-3)
 
 
 FLAGS = "--preset tiny --device cpu --threads 1 --limit 64 --budget 2 --seeds 0".split()
@@ -712,7 +772,7 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("compare-glyphs/*")}
     rates = ("0.0003", "0.001", "0.003")
     names = {f"regression-{lr}-seed0" for lr in rates}
-    names |= {f"add-{lr:g}-seed0" for lr in compare.ADD.rates}
+    names |= {f"add-{lr:g}-seed0" for lr in methods.ADD.rates}
     assert cells.keys() == names | {"teacher-seed0"}
     cell = json.loads((tmp_path / "compare-glyphs" / "regression-0.001-seed0.json").read_text())
     assert cell["seconds"] > 0 and cell["steps"] >= 1 and cell["commit"] and cell["machine"]

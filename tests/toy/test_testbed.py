@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_runs import TINY, call, main_in_process
+from toy_runs import TINY, call, main_in_process, stage_at
 
-from toy import ablate, time_to_quality
-from toy.demo import make_draw
+from toy import ablate, testbed, time_to_quality
+from toy.demo import load_teacher, make_draw
 from toy.distil import load_student
-from toy.loop import TrainingError
+from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import Cells, difference, mean_and_spread, sources, verdict
 
@@ -66,21 +66,29 @@ def row(fd, steps=1):
 def test_a_cell_counts_for_its_own_settings_and_data_alone(tmp_path):
     cells, base = Cells(tmp_path), Settings(seed=1)
     bed = SimpleNamespace(device=torch.device("cpu"), data=SimpleNamespace(fingerprint="mine"))
+    origin = "mine", base.precision
     cells.write("teacher", base, bed, [row(4.0, 50)], 0)
     cells.write("default", base, bed, [row(2.0), row(1.0, 4)], 60)
     assert cells.read("default", base)["seconds"] == 60 and cells.seeds("default") == [1]
-    assert cells.read("default", base, "mine") and not cells.read("default", base, "another")
+    assert cells.read("default", base, origin)
+    assert not cells.read("default", base, ("another", base.precision))
     assert cells.read("default", dataclasses.replace(base, data_dir="elsewhere"))
     # Multiples of the teacher's distance.
     assert ablate.collect(cells, base, "default", 1, "fd") == {1: 0.5}
     assert ablate.collect(cells, base, "default", 4, "fd") == {1: 0.25}
     assert ablate.collect(cells, base, "default", 4, "accuracy") == {1: 0.75}
     elsewhere = dataclasses.replace(base, precision="fp32")  # a machine without bf16
-    assert cells.read("default", elsewhere) and not cells.read("default", elsewhere, "mine")
+    assert cells.read("default", elsewhere)
+    assert not cells.read("default", elsewhere, ("mine", "fp32"))
+    # A page leaves out what is of another machine than the teacher's cell of that seed.
+    cells.write("teacher", elsewhere, bed, [row(4.0, 50)], 0)
+    assert ablate.collect(cells, base, "default", 1, "fd") == {}
+    cells.write("teacher", base, bed, [row(4.0, 50)], 0)
     for change in (dict(distil_steps=9999), dict(teacher_steps=9)):
         other = dataclasses.replace(base, **change)
         assert not cells.read("default", other)
-        assert ablate.collect(cells, other, "default", 1, "fd") == {}
+        with pytest.raises(ValueError, match="no cells of these settings; leave out --page"):
+            ablate.collect(cells, other, "default", 1, "fd")
     stored = json.loads((tmp_path / "default-seed1.json").read_text())
     assert stored["commit"] and stored["machine"]
     (tmp_path / "default-seed1.json").write_text("{}")
@@ -164,14 +172,31 @@ def test_a_student_of_another_size_trains_from_its_own_teacher_and_is_loaded(tmp
     assert [w["middle.1.norm1.weight"].numel() for w in widths] == [24, 16]
     # The page with sliders shows either.
     draw, classes, _ = make_draw(tmp_path / "run")
-    student, _, teacher, _ = draw(classes[7], 1, 0)
-    assert student.shape == teacher.shape and (student != teacher).any()
+    drawn, _, of_teacher, _ = draw(classes[7], 1, 0)
+    assert drawn.shape == of_teacher.shape and (drawn != of_teacher).any()
+    teacher, _ = load_teacher(tmp_path / "run", student)
+    trained = torch.load(teachers[1], weights_only=True)["ema"]
+    for name, weight in teacher.network.state_dict().items():
+        assert torch.equal(weight, trained[f"module.{name}"])
+    assert not teacher.training
+
+
+def test_a_training_that_breaks_leaves_no_folder(tmp_path, monkeypatch):
+    def broken(stage, *_):
+        stage.folder.mkdir(parents=True)
+        raise NotFinite("ADD, step 3: student loss is nan")
+
+    stage = stage_at(tmp_path / "work" / "distil-key")
+    monkeypatch.setattr(testbed, "distil", broken)
+    with pytest.raises(NotFinite):
+        testbed.Testbed.add(SimpleNamespace(ingredients=lambda _: (stage, None)), Settings())
+    assert not stage.folder.exists()
 
 
 def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeypatch, capsys):
     def add(bed, settings):
         if settings.distil_lambda == 0:
-            raise TrainingError("ADD, step 3: student loss is nan")
+            raise NotFinite("ADD, step 3: student loss is nan")
         return [row(2.0), row(1.0, 4)], 1.0
 
     monkeypatch.setattr(ablate.Testbed, "add", add)
@@ -180,6 +205,7 @@ def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeyp
     assert main_in_process(ablate, [*FLAGS, *where, *only], capsys)[0] == 0
     page = (tmp_path / "ablation-glyphs.md").read_text()
     assert "(`lambda-0.5`) | 1 |" in page and "adversarial`)" not in page
+    assert "`adversarial` came to infinite numbers on seed 0." in page
     cell = json.loads((tmp_path / "ablation-glyphs" / "adversarial-seed0.json").read_text())
     assert cell["rows"] == [] and cell["error"].endswith("loss is nan")
 

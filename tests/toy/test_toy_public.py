@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 from toy_runs import TINY
 
 from toy import run, sample
+from toy.demo import make_draw
 from toy.features import TeacherEncoder
 from toy.public import make_public
 
@@ -102,6 +103,9 @@ def test_it_is_distilled_and_kept(public, pictures, tmp_path, capsys):
     grid = tmp_path / "grid.png"
     sample.main(["--run", str(out), "--n", "4", "--out", str(grid)])
     assert grid.exists()
+    draw, classes, _ = make_draw(out)
+    drawn, _, of_teacher, _ = draw(classes[0], 1, 0)
+    assert drawn.shape == of_teacher.shape
     capsys.readouterr()
 
 

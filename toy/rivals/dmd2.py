@@ -7,9 +7,9 @@ were real, and a fake-score network, trained on generated images, as what they a
 follows the difference. A logit head on the fake-score network's encoder tells diffused real images
 from diffused generated ones.
 
-The weights of the GAN are the paper's on ImageNet, and the teacher has no guidance, as there. What
-departs from it: one generator is trained at ADD's four timesteps (the paper's of one step at pure
-noise alone; for several steps it draws the inputs by sampling, which did not help here,
+The weights of the GAN are the paper's on ImageNet, and the teacher has no guidance, as there.
+Departures: one generator is trained at ADD's four timesteps (the paper's of one step at pure noise
+alone; for several steps it draws the inputs by sampling, which did not help here,
 toy/experiments.md). The fake-score network moves twice an update of the generator, not 5 times,
 which gives the generator about twice as many updates in the same time. It sees t between LOW and
 HIGH alone. GAN and matching share t and noise. Adam's β_1 is 0, not 0.9.

@@ -1,0 +1,221 @@
+"""The page of Table 2: what compare.py's finished trainings say."""
+
+import statistics
+from dataclasses import dataclass
+
+from common import markdown
+from common.checkpoints import write_text
+from toy.methods import ADD, METHODS, TUNING_SEED, best_rate, find, tuning_cells, wanted_methods
+from toy.testbed import FIGURES, of_seed, origin_of, show, sources, verdict
+
+COUNTED = {1: "one step", 2: "two steps", 4: "four steps"}
+
+
+@dataclass
+class Line:
+    """A line of the table; figures and minutes are by seed."""
+
+    method: str
+    steps: int
+    figures: dict  # of FIGURES, and milliseconds; distances are multiples of the teacher's in 50
+    minutes: dict
+    lr: float | None
+
+
+def seconds_per_evaluation(rows):
+    """Of one image, from all rows of a teacher. All networks of the table are as large, and one
+    row's own time would be mostly noise."""
+    seconds = sum(1 / row["images_per_second"] for row in rows)
+    return seconds / sum(row["evaluations"] for row in rows)
+
+
+def lines_of(teachers, found, rates):
+    """[Line] of the cells that have rows, in the order of the methods' names.
+
+    teachers is {seed: its teacher's rows}, found {method's name: {seed: cell}}, rates {method's
+    name: learning rate}.
+    """
+    lines = []
+    pace = {seed: seconds_per_evaluation(rows) for seed, rows in teachers.items()}
+
+    def add(name, steps, rows, minutes, lr):
+        """rows: {seed: row}."""
+        figures = {f: {seed: row[f] for seed, row in rows.items()} for f in FIGURES}
+        figures["fd"] = {seed: row["fd"] / teachers[seed][0]["fd"] for seed, row in rows.items()}
+        figures["milliseconds"] = {
+            seed: 1000 * row["evaluations"] * pace[seed] for seed, row in rows.items()
+        }
+        lines.append(Line(name, steps, figures, minutes, lr))
+
+    for name, steps in [(row["name"], row["steps"]) for row in next(iter(teachers.values()))]:
+        rows = {
+            seed: next(row for row in rows if (row["name"], row["steps"]) == (name, steps))
+            for seed, rows in teachers.items()
+        }
+        add(f"teacher, {name}", steps, rows, {}, None)
+    for name, of_seeds in found.items():
+        trained = {seed: cell for seed, cell in of_seeds.items() if cell["rows"]}
+        for i, steps in enumerate(METHODS[name].steps if trained else ()):
+            rows = {seed: cell["rows"][i] for seed, cell in trained.items()}
+            minutes = {seed: cell["seconds"] / 60 for seed, cell in trained.items()}
+            add(METHODS[name].title, steps, rows, minutes, rates[name])
+    return sorted(lines, key=lambda line: (line.method.lower(), -line.steps))
+
+
+def contested(lines):
+    """ADD's numbers of steps that another method has, too."""
+    mine = [line.steps for line in lines if line.method == ADD.title]
+    return [steps for steps in ADD.steps if steps in mine and len(ranked(lines, steps)) > 1]
+
+
+def mean(values):
+    """Of {seed: figure}."""
+    return statistics.mean(values.values())
+
+
+def common(lines):
+    """The seeds that all of these lines have."""
+    return sorted(set.intersection(*(set(line.figures["fd"]) for line in lines)))
+
+
+def ranked(lines, steps):
+    """The lines of so many steps, the least distance over their common seeds first."""
+    lines = [line for line in lines if line.steps == steps]
+    seeds = common(lines) if lines else []
+    return sorted(lines, key=lambda line: sum(line.figures["fd"][seed] for seed in seeds))
+
+
+def conclusion(lines, steps):
+    """Sentences: who is best in one of the contested numbers of steps, and how ADD compares, or
+    the second if ADD is the best."""
+    first, *others = ranked(lines, steps)
+    other = next((line for line in others if line.method == ADD.title), others[0])
+    seeds = common([first, other])
+    better, worse = ({seed: line.figures["fd"][seed] for seed in seeds} for line in (first, other))
+    noise = {
+        "holds": "The difference is more than noise.",
+        "does not hold": "Most seeds say the opposite, beyond noise.",
+        "within noise": "The difference is within noise.",
+        "too few seeds": "One seed cannot tell whether that is noise.",
+    }
+    distances = f"{show(better)}; {other.method} {show(worse)}"
+    text = f"In {COUNTED[steps]} {first.method} has the shortest distance ({distances})."
+    return f"{text} {noise[verdict(better, worse)]}"
+
+
+def table(lines, contests):
+    """Lines of the Markdown table. The best rows of the contested numbers of steps are bold."""
+    head = ["", "steps", "ms an image", "distance, ×", "precision", "recall", "accuracy"]
+    head += ["training, minutes", "learning rate", "seeds"]
+    best, rows = [ranked(lines, steps)[0] for steps in contests], []
+    for line in lines:
+        figures = [show(line.figures[f]) for f in FIGURES]
+        lr = "" if line.lr is None else f"{line.lr:g}"
+        milliseconds = show(line.figures["milliseconds"], 3)
+        row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
+        row += [len(line.figures["fd"])]
+        rows.append([f"**{cell}**" if line in best and cell != "" else cell for cell in row])
+    return markdown.table(head, rows)
+
+
+def draw(path, lines):
+    """Distance over milliseconds an image, a line and a marker for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(line.method for line in lines)):
+        mine = [line for line in lines if line.method == name]
+        x, y = ([mean(line.figures[f]) for line in mine] for f in ("milliseconds", "fd"))
+        axes.plot(x, y, marker="osD^vPX*<>"[i % 10], color=f"C{i % 10}", linewidth=1, label=name)
+        for line, *where in zip(mine, x, y, strict=True):
+            offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(str(line.steps), where, **offset)
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds an image (numbers: steps)")
+    axes.set_ylabel("Fréchet distance, × the teacher's in 50 steps")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def at_the_edges(rates):
+    """Sentences on the methods whose learning rate is the smallest or the largest of their own."""
+    sentences = []
+    for edge, i in (("smallest", 0), ("largest", -1)):
+        names = [METHODS[name].title for name, lr in rates.items() if lr == METHODS[name].rates[i]]
+        if names:
+            sentences.append(f"The {edge} of the three rates was best for {', '.join(names)}.")
+    return sentences + ["A wider search may bring these closer."] if sentences else []
+
+
+def gaps(cells, methods, base, found):
+    """Sentences on the methods that are not in the table, or not with every seed."""
+    untried, failed, sentences = [], [], []
+    for method in methods:
+        tried = tuning_cells(cells, method, base).values()
+        if not all(tried):
+            untried.append(method.title)
+        elif not any(cell["rows"] for cell in tried):
+            failed.append(method.title)
+        seeds = [str(seed) for seed, cell in found[method.name].items() if not cell["rows"]]
+        if seeds:
+            sentences.append(f"{method.title} came to infinite numbers on seed {', '.join(seeds)}.")
+    if failed:
+        sentences.append(f"At no rate did {', '.join(failed)} come to an end.")
+    if untried:
+        sentences.append(f"Not trained yet, or not at every rate: {', '.join(untried)}.")
+    return sentences
+
+
+def write_page(out, cells, base, arguments, command):
+    """OUT.md and OUT.png from whatever cells there are, of all seeds but the one that chose the
+    learning rates, unless it is the only one. ValueError if there are none."""
+    methods, teachers = wanted_methods(arguments.only), cells.teachers(base)
+    rates = {method.name: best_rate(cells, method, base) for method in methods}
+    seeds = [seed for seed in teachers if seed != TUNING_SEED] or [TUNING_SEED]
+    found = {method.name: {} for method in methods}
+    for method in methods:
+        for seed in seeds if rates[method.name] else ():
+            origin = origin_of(teachers[seed])
+            cell = find(cells, method, rates[method.name], of_seed(base, seed), origin)
+            found[method.name] |= {seed: cell} if cell else {}
+    lines = lines_of({seed: teachers[seed]["rows"] for seed in seeds}, found, rates)
+    contests = contested(lines)
+    read = [cell for method in methods for cell in tuning_cells(cells, method, base).values()]
+    read += [cell for of_seeds in found.values() for cell in of_seeds.values()]
+    commits, machines = sources([*read, *teachers.values()])
+    page = [
+        f"# Table 2 on {base.dataset}",
+        "",
+        f"`{command}` · {base.distil_steps} ADD iterations · {machines} · commit {commits}",
+        "",
+        f"Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
+        f"50 DDIM steps. The teacher has its best guidance. Milliseconds are the "
+        "evaluations of the network times the mean time of one.",
+        "",
+        *(f"- {conclusion(lines, steps)}" for steps in contests),
+        *(f"- {sentence}" for sentence in gaps(cells, methods, base, found)),
+        "",
+        "All methods have the same teacher, data, batch and size of network. A rival trains as "
+        "long as ADD's iterations take, at the pace of both measured side by side; drawing pairs "
+        "from the teacher counts. Adversarial only has as many iterations as ADD. Each method's "
+        f"learning rate is the best of its own three on seed {TUNING_SEED}, by the geometric mean "
+        "of its distances.",
+        "",
+        *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),
+        "ADD's other settings come from earlier trials (toy/experiments.md), some on these seeds. "
+        "The rivals' are their papers', with the departures named in toy/rivals/. ADD and DMD2 "
+        "ask the teacher without guidance; progressive and consistency distillation, 2-rectified "
+        "flow and regression at its best guidance. UFOGen and adversarial only do not ask it. "
+        "The tests do not correct for picking the best of many rows.",
+        "",
+        *table(lines, contests),
+        "",
+        f"![distance over time an image]({out.name}.png)",
+        "",
+    ]
+    write_text(out.with_suffix(".md"), "\n".join(page))
+    draw(out.with_suffix(".png"), lines)
