@@ -2,8 +2,9 @@
 python toy/ablate.py --dataset glyphs
 
 A finished cell (one row, one seed) is kept as a small file and not done again; what is stopped by
-Ctrl-C goes on from there. Writes OUT/ablation-DATASET.md and .png, and the cells beside them. Two
-seeds can be run at once: --seeds 0 in one terminal, --seeds 1 in another.
+Ctrl-C goes on from there. Writes OUT/ablation-DATASET.md and .png, and the cells, in
+OUT/ablation-DATASET/. Two seeds can be run at once: --seeds 0 in one terminal, --seeds 1 in
+another.
 """
 
 import os
@@ -28,12 +29,12 @@ from toy.testbed import (
     difference,
     make_parser,
     mean_and_spread,
-    of_seed,
     origin_of,
     run_program,
     show,
     sources,
     verdict,
+    with_seed,
 )
 
 SMALL = (16, 32, 64)  # channels of the smaller U-Net of group e
@@ -58,7 +59,7 @@ GROUPS = {
             Row("f-denoiser", "a denoiser (ViT)", dict(features="denoiser")),
             Row(
                 "f-large",
-                "the same, twice as wide and deep",
+                "a larger denoiser (ViT)",
                 dict(features="denoiser", features_width=192, features_depth=6),
             ),
             Row("f-convolutional", "a convolutional classifier", dict(features="convolutional")),
@@ -166,7 +167,7 @@ DESIGN = [
 REMARKS = {  # below the table, if it has the row
     "f-large": "The large F has seven heads instead of four, so the adversarial loss weighs more.",
     "f-convolutional": "The convolutional F resembles the metric network, which may favour it.",
-    "small-small": "In group e F, the teacher's encoder, changes with the teacher.",
+    "small-small": "In group e F changes with the teacher, whose encoder it is.",
 }
 
 
@@ -197,36 +198,40 @@ def run_cells(arguments, cells, device):
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
-        if not cells.read("teacher", base, bed.origin):
-            cells.write("teacher", base, bed, [bed.of_the_teacher()], 0)
-        for row in wanted:
-            settings = settings_of(row, base)
-            if cells.read(row.name, settings, bed.origin):
-                continue
-            print(f"{row.name}, seed {seed}", flush=True)
+        missing = {row.name: settings_of(row, base) for row in wanted}
+        # At another preset a row may be the default itself.
+        missing = {n: s for n, s in missing.items() if n == "default" or s != base}
+        missing = {n: s for n, s in missing.items() if not cells.read(n, s, bed.origin)}
+        if teacher := cells.read("teacher", base, bed.origin):
+            bed.check_teacher(teacher, missing)
+        else:
+            cells.write("teacher", base, bed, [bed.teacher_row()], 0)
+        for name, settings in missing.items():
+            print(f"{name}, seed {seed}", flush=True)
             try:
                 rows, seconds = bed.add(settings)
-                cells.write(row.name, settings, bed, rows, seconds)
+                cells.write(name, settings, bed, rows, seconds)
             except NotFinite as error:  # the other rows can be done all the same
-                print(f"  {error}", flush=True)
-                cells.write(row.name, settings, bed, [], 0, error=str(error))
+                print(f"  {error.cause}", flush=True)
+                cells.write(name, settings, bed, [], 0, error=error.cause)
 
 
-def cells_of(cells, base, name):
-    """{seed: (the row's cell, its teacher's)}."""
-    found = {}
+def read_all(cells, base):
+    """{row's name: {seed: (its cell, its teacher's)}} of whatever cells there are."""
+    found = {name: {} for name in ROWS}
     for seed, teacher in cells.teachers(base).items():
-        settings = settings_of(ROWS[name], of_seed(base, seed))
-        if cell := cells.read(name, settings, origin_of(teacher)):
-            found[seed] = cell, teacher
+        for name, row in ROWS.items():
+            settings = settings_of(row, with_seed(base, seed))
+            if cell := cells.read(name, settings, origin_of(teacher)):
+                found[name][seed] = cell, teacher
     return found
 
 
-def collect(cells, base, name, steps, figure):
-    """{seed: figure} of a row in that many steps, without the seeds whose training failed.
-    Distances are multiples of that seed's teacher's."""
+def collect(found, name, steps, figure):
+    """{seed: figure} of a row in that many steps, without the seeds whose training failed; found is
+    read_all's. Distances are multiples of that seed's teacher's."""
     values = {}
-    for seed, (cell, teacher) in cells_of(cells, base, name).items():
+    for seed, (cell, teacher) in found[name].items():
         for row in cell["rows"]:
             if row["steps"] == steps:
                 unit = teacher["rows"][0]["fd"] if figure == "fd" else 1
@@ -234,13 +239,13 @@ def collect(cells, base, name, steps, figure):
     return values
 
 
-def failures(cells, base):
+def failures(found):
     """Sentences on the trainings that did not come to their end."""
     sentences = []
-    for name in ROWS:
-        seeds = [str(s) for s, (cell, _) in cells_of(cells, base, name).items() if not cell["rows"]]
+    for name, by_seed in found.items():
+        seeds = [str(seed) for seed, (cell, _) in by_seed.items() if not cell["rows"]]
         if seeds:
-            sentences.append(f"`{name}` came to infinite numbers on seed {', '.join(seeds)}.")
+            sentences.append(f"`{name}` diverged on seed {', '.join(seeds)}.")
     return sentences
 
 
@@ -252,7 +257,7 @@ def title_of(row):
     return f"{letter}) {title}: {row.text}"
 
 
-def table(cells, base):
+def table(found):
     """Lines of the Markdown table."""
     head = ["", "seeds"]
     for steps in STEPS:
@@ -260,9 +265,9 @@ def table(cells, base):
         head += [f"distance, {label}, ×", "precision", "recall", "accuracy"]
     lines = []
     for row in ROWS.values():
-        if seeds := len(collect(cells, base, row.name, 1, "fd")):
+        if seeds := len(collect(found, row.name, 1, "fd")):
             figures = [
-                show(collect(cells, base, row.name, steps, figure))
+                show(collect(found, row.name, steps, figure))
                 for steps in STEPS
                 for figure in FIGURES
             ]
@@ -271,16 +276,16 @@ def table(cells, base):
     return markdown.table(head, lines)
 
 
-def judge(claims, cells, base, head):
+def judge(claims, found, head):
     """Lines of a table of claims."""
     lines = []
     for claim in claims:
-        rows = claim.better, claim.worse
-        better, worse = (collect(cells, base, row, claim.steps, "fd") for row in rows)
+        names = claim.better, claim.worse
+        better, worse = (collect(found, name, claim.steps, "fd") for name in names)
         if better and worse:
             ours = f"`{claim.better}` {show(better)}, `{claim.worse}` {show(worse)}"
             others = [
-                difference(*(collect(cells, base, row, claim.steps, figure) for row in rows))
+                difference(*(collect(found, name, claim.steps, figure) for name in names))
                 for figure in ("precision", "accuracy")
             ]
             lines.append([claim.text, ours, verdict(better, worse), *others])
@@ -288,24 +293,24 @@ def judge(claims, cells, base, head):
     return markdown.table(head, lines)
 
 
-def draw(path, cells, base):
+def draw(path, found):
     """One-step distance of every row, each seed a dot; the default's range is grey."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [(title_of(row), collect(cells, base, row.name, 1, "fd")) for row in ROWS.values()]
-    found = [(text, list(values.values())) for text, values in found if values][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(found)), layout="constrained")
-    if usual := collect(cells, base, "default", 1, "fd").values():
+    lines = [(title_of(row), collect(found, row.name, 1, "fd")) for row in ROWS.values()]
+    lines = [(text, list(values.values())) for text, values in lines if values][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(lines)), layout="constrained")
+    if usual := collect(found, "default", 1, "fd").values():
         axes.axvspan(min(usual), max(usual), color="lightgrey")
-    for i, (_, values) in enumerate(found):
+    for i, (_, values) in enumerate(lines):
         axes.plot(values, [i] * len(values), ".", color="C0")
         axes.plot([mean_and_spread(values)[0]], [i], "|", color="C3", markersize=10)
-    axes.set_yticks(range(len(found)), [text for text, _ in found])
+    axes.set_yticks(range(len(lines)), [text for text, _ in lines])
     axes.set(xscale="log", xlabel="Fréchet distance in one step, × the teacher's in 50")
-    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=120)
@@ -314,15 +319,14 @@ def draw(path, cells, base):
 
 def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are."""
-    teachers = cells.teachers(base)
-    read = [cell for name in ROWS for cell, _ in cells_of(cells, base, name).values()]
-    commits, machines = sources(read)
+    teachers, found = cells.teachers(base), read_all(cells, base)
+    commits, machines = sources(cell for by_seed in found.values() for cell, _ in by_seed.values())
     seeds = ", ".join(map(str, teachers))
     fd, precision, recall, accuracy = (
         show({seed: cell["rows"][0][name] for seed, cell in teachers.items()}) for name in FIGURES
     )
-    remarks = [text for name, text in REMARKS.items() if collect(cells, base, name, 1, "fd")]
-    remarks += failures(cells, base)
+    remarks = [text for name, text in REMARKS.items() if collect(found, name, 1, "fd")]
+    remarks += failures(found)
     lines = [
         f"# Table 1 on {base.dataset}",
         "",
@@ -333,7 +337,7 @@ def write_page(out, cells, base, arguments, command):
         f"Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
         f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}).",
         "",
-        *table(cells, base),
+        *table(found),
         "",
         f"![one-step distances]({out.name}.png)",
         "",
@@ -347,14 +351,14 @@ def write_page(out, cells, base, arguments, command):
         "beyond it is bold. Of so many claims one may hold, or not, by chance. The paper's "
         "figures are FID and CLIP score on COCO, of one training each.",
         "",
-        *judge(PAPER, cells, base, "the paper"),
+        *judge(PAPER, found, "the paper"),
         "",
     ]
-    asserted = judge(DESIGN, cells, base, "assertion")
+    asserted = judge(DESIGN, found, "assertion")
     if len(asserted) > 2:  # more than a head
         lines += ["## What it asserts without figures", "", *asserted, ""]
     write_text(out.with_suffix(".md"), "\n".join(lines))
-    draw(out.with_suffix(".png"), cells, base)
+    draw(out.with_suffix(".png"), found)
 
 
 def main(argv=None):

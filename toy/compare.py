@@ -8,8 +8,8 @@ shows other seeds.
 
 A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
 same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
-.png, and the files beside them. Once --seeds 0 has found the learning rates, two seeds can be run
-at once: --seeds 1 in one terminal, --seeds 2 in another.
+.png, and the cells, in OUT/compare-DATASET/. Once --seeds 0 has found the learning rates, two seeds
+can be run at once: --seeds 1 in one terminal, --seeds 2 in another.
 """
 
 import os
@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 
 import dataclasses
+import gc
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from toy.methods import (
     cell_name,
     find,
     settings_of,
+    tuning_cells,
     wanted_methods,
 )
 from toy.rivals.pairs import SHARE, draw_pairs
@@ -82,6 +84,7 @@ def train_rival(rival, stage, teacher, lr, guidance, step_of_add, clock=time.per
     trial = rival(stage, teacher, lr, TRIAL_STEPS * rival.PHASES, guidance, **pairs)
     add_pace, pace = paces([add_step, trial.step], rival.PHASES, stage.device, clock)
     del trial, add_step  # a GPU's memory need not hold them
+    gc.collect()  # a training refers to itself
     steps = max(rival.PHASES, round((iterations * add_pace - spent) / pace))
     training = rival(stage, teacher, lr, steps, guidance, **pairs)
     spent += run_loop(stage, rival.TITLE, {}, training.step, steps)
@@ -90,10 +93,8 @@ def train_rival(rival, stage, teacher, lr, guidance, step_of_add, clock=time.per
 
 
 def score_teacher(cells, bed):
-    """Measure the teacher's samplers, unless there is their cell."""
+    """The cell of the teacher's samplers."""
     base = bed.settings
-    if cells.read("teacher", base, bed.origin):
-        return
     print(f"teacher, seed {base.seed}", flush=True)
     teacher, scorer = bed.teacher(base), bed.scorer
     guidance = scorer.guided(teacher)[2]
@@ -105,7 +106,7 @@ def score_teacher(cells, bed):
     cells.write("teacher", base, bed, rows, 0)
 
 
-def of_a_rival(bed, method, lr, guidance):
+def train_and_score_rival(bed, method, lr, guidance):
     """(rows, seconds of training, what else its cell keeps)."""
     base = bed.settings
     folder = bed.folder / cell_name(method, lr)
@@ -126,20 +127,21 @@ def of_a_rival(bed, method, lr, guidance):
 
 
 def run_cell(cells, bed, method, lr):
-    """Train, score and keep one. A training that stops at infinite numbers leaves a cell without
-    rows, which says why."""
+    """Train and score a method at a learning rate, and keep its cell. One that diverges leaves a
+    cell without rows, which says why."""
     base, settings = bed.settings, settings_of(method, lr, bed.settings)
     print(f"{method.title}, learning rate {lr:g}, seed {base.seed}", flush=True)
     try:
         if method.rival:
             guidance = cells.read("teacher", base)["rows"][0]["guidance"]
-            rows, seconds, more = of_a_rival(bed, method, lr, guidance)
+            rows, seconds, more = train_and_score_rival(bed, method, lr, guidance)
         else:
             rows, seconds = bed.add(settings, method.steps)
             more = {"steps": settings.distil_steps}
     except (NotFinite, FloatingPointError) as error:  # the latter: in the trial
-        print(f"  {error}", flush=True)
-        rows, seconds, more = [], 0, {"error": str(error)}
+        cause = getattr(error, "cause", str(error))
+        print(f"  {cause}", flush=True)
+        rows, seconds, more = [], 0, {"error": cause}
     more |= {"learning_rate": lr, "version": VERSION}
     cells.write(cell_name(method, lr), settings, bed, rows, seconds, **more)
 
@@ -150,14 +152,21 @@ def run_cells(arguments, cells, device):
     for seed in dict.fromkeys([TUNING_SEED, *arguments.seeds]):
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
-        score_teacher(cells, bed)
-        for method in wanted:
-            rates = method.rates
-            if seed != TUNING_SEED:
-                rates = [lr for lr in (best_rate(cells, method, base),) if lr is not None]
-            for lr in rates:
-                if find(cells, method, lr, base, bed.origin) is None:
-                    run_cell(cells, bed, method, lr)
+        if seed == TUNING_SEED:
+            tasks = [(method, lr) for method in wanted for lr in method.rates]
+        else:
+            tasks = [(method, best_rate(tuning_cells(cells, method, base))) for method in wanted]
+        missing = [
+            (method, lr)
+            for method, lr in tasks
+            if lr is not None and find(cells, method, lr, base, bed.origin) is None
+        ]
+        if teacher := cells.read("teacher", base, bed.origin):
+            bed.check_teacher(teacher, missing)
+        else:
+            score_teacher(cells, bed)
+        for method, lr in missing:
+            run_cell(cells, bed, method, lr)
 
 
 def main(argv=None):

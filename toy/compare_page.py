@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common import markdown
 from common.checkpoints import write_text
 from toy.methods import ADD, METHODS, TUNING_SEED, best_rate, find, tuning_cells, wanted_methods
-from toy.testbed import FIGURES, of_seed, origin_of, show, sources, verdict
+from toy.testbed import FIGURES, origin_of, show, sources, verdict, with_seed
 
 COUNTED = {1: "one step", 2: "two steps", 4: "four steps"}
 
@@ -47,14 +47,11 @@ def lines_of(teachers, found, rates):
         }
         lines.append(Line(name, steps, figures, minutes, lr))
 
-    for name, steps in [(row["name"], row["steps"]) for row in next(iter(teachers.values()))]:
-        rows = {
-            seed: next(row for row in rows if (row["name"], row["steps"]) == (name, steps))
-            for seed, rows in teachers.items()
-        }
-        add(f"teacher, {name}", steps, rows, {}, None)
-    for name, of_seeds in found.items():
-        trained = {seed: cell for seed, cell in of_seeds.items() if cell["rows"]}
+    for i, row in enumerate(next(iter(teachers.values()))):  # all have the same samplers
+        by_seed = {seed: rows[i] for seed, rows in teachers.items()}
+        add(f"teacher, {row['name']}", row["steps"], by_seed, {}, None)
+    for name, by_seed in found.items():
+        trained = {seed: cell for seed, cell in by_seed.items() if cell["rows"]}
         for i, steps in enumerate(METHODS[name].steps if trained else ()):
             rows = {seed: cell["rows"][i] for seed, cell in trained.items()}
             minutes = {seed: cell["seconds"] / 60 for seed, cell in trained.items()}
@@ -73,16 +70,18 @@ def mean(values):
     return statistics.mean(values.values())
 
 
-def common(lines):
+def shared_seeds(lines):
     """The seeds that all of these lines have."""
     return sorted(set.intersection(*(set(line.figures["fd"]) for line in lines)))
 
 
 def ranked(lines, steps):
-    """The lines of so many steps, the least distance over their common seeds first."""
+    """The lines of so many steps, the least distance over the seeds that all have first; [] if they
+    share none."""
     lines = [line for line in lines if line.steps == steps]
-    seeds = common(lines) if lines else []
-    return sorted(lines, key=lambda line: sum(line.figures["fd"][seed] for seed in seeds))
+    seeds = shared_seeds(lines) if lines else []
+    ordered = sorted(lines, key=lambda line: sum(line.figures["fd"][seed] for seed in seeds))
+    return ordered if seeds else []
 
 
 def conclusion(lines, steps):
@@ -90,7 +89,7 @@ def conclusion(lines, steps):
     the second if ADD is the best."""
     first, *others = ranked(lines, steps)
     other = next((line for line in others if line.method == ADD.title), others[0])
-    seeds = common([first, other])
+    seeds = shared_seeds([first, *others])
     better, worse = ({seed: line.figures["fd"][seed] for seed in seeds} for line in (first, other))
     noise = {
         "holds": "The difference is more than noise.",
@@ -150,22 +149,25 @@ def at_the_edges(rates):
     return sentences + ["A wider search may bring these closer."] if sentences else []
 
 
-def gaps(cells, methods, base, found):
-    """Sentences on the methods that are not in the table, or not with every seed."""
-    untried, failed, sentences = [], [], []
-    for method in methods:
-        tried = tuning_cells(cells, method, base).values()
-        if not all(tried):
-            untried.append(method.title)
-        elif not any(cell["rows"] for cell in tried):
-            failed.append(method.title)
-        seeds = [str(seed) for seed, cell in found[method.name].items() if not cell["rows"]]
-        if seeds:
-            sentences.append(f"{method.title} came to infinite numbers on seed {', '.join(seeds)}.")
-    if failed:
-        sentences.append(f"At no rate did {', '.join(failed)} come to an end.")
-    if untried:
-        sentences.append(f"Not trained yet, or not at every rate: {', '.join(untried)}.")
+def gaps(tried, found, seeds):
+    """Sentences on the methods that are not in the table, or not with every seed.
+
+    tried is {method's name: {learning rate: cell on the tuning seed or None}}.
+    """
+    sentences = []
+    for name, by_rate in tried.items():
+        title, by_seed = METHODS[name].title, found[name]
+        if not all(by_rate.values()):
+            sentences.append(f"{title} is not trained yet, or not at every rate.")
+        elif not any(cell["rows"] for cell in by_rate.values()):
+            sentences.append(f"{title} diverged at every learning rate.")
+        else:
+            diverged = [str(seed) for seed, cell in by_seed.items() if not cell["rows"]]
+            missing = [str(seed) for seed in seeds if seed not in by_seed]
+            if diverged:
+                sentences.append(f"{title} diverged on seed {', '.join(diverged)}.")
+            if missing:
+                sentences.append(f"{title} is not trained yet on seed {', '.join(missing)}.")
     return sentences
 
 
@@ -173,18 +175,19 @@ def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are, of all seeds but the one that chose the
     learning rates, unless it is the only one. ValueError if there are none."""
     methods, teachers = wanted_methods(arguments.only), cells.teachers(base)
-    rates = {method.name: best_rate(cells, method, base) for method in methods}
+    tried = {method.name: tuning_cells(cells, method, base) for method in methods}
+    rates = {name: best_rate(by_rate) for name, by_rate in tried.items()}
     seeds = [seed for seed in teachers if seed != TUNING_SEED] or [TUNING_SEED]
     found = {method.name: {} for method in methods}
     for method in methods:
         for seed in seeds if rates[method.name] else ():
             origin = origin_of(teachers[seed])
-            cell = find(cells, method, rates[method.name], of_seed(base, seed), origin)
+            cell = find(cells, method, rates[method.name], with_seed(base, seed), origin)
             found[method.name] |= {seed: cell} if cell else {}
     lines = lines_of({seed: teachers[seed]["rows"] for seed in seeds}, found, rates)
     contests = contested(lines)
-    read = [cell for method in methods for cell in tuning_cells(cells, method, base).values()]
-    read += [cell for of_seeds in found.values() for cell in of_seeds.values()]
+    read = [cell for by_rate in tried.values() for cell in by_rate.values()]
+    read += [cell for by_seed in found.values() for cell in by_seed.values()]
     commits, machines = sources([*read, *teachers.values()])
     page = [
         f"# Table 2 on {base.dataset}",
@@ -197,7 +200,7 @@ def write_page(out, cells, base, arguments, command):
         "evaluations of the network times the mean time of one.",
         "",
         *(f"- {conclusion(lines, steps)}" for steps in contests),
-        *(f"- {sentence}" for sentence in gaps(cells, methods, base, found)),
+        *(f"- {sentence}" for sentence in gaps(tried, found, seeds)),
         "",
         "All methods have the same teacher, data, batch and size of network. A rival trains as "
         "long as ADD's iterations take, at the pace of both measured side by side; drawing pairs "

@@ -23,7 +23,11 @@ class TrainingError(Exception):
 
 
 class NotFinite(TrainingError):
-    """A training has come to numbers that are not finite: it would again."""
+    """A training has come to numbers that are not finite: it would again. `cause` says where."""
+
+    def __init__(self, cause, advice=""):
+        super().__init__(cause + advice)
+        self.cause = cause
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +225,8 @@ class Loop:
         if self.saved_step is not None:
             last = f"{self.path} is of step {self.saved_step}"
         return NotFinite(
-            f"{self.label}, step {i + 1}: {what}; the last good checkpoint: {last}; "
-            "--skip-nonfinite N lets N such steps go by"
+            f"{self.label}, step {i + 1}: {what}",
+            f"; the last good checkpoint: {last}; --skip-nonfinite N lets N such steps go by",
         )
 
     def run(self, log_every):

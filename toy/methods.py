@@ -12,10 +12,10 @@ from toy.rivals.progressive import Progressive
 from toy.rivals.reflow import Reflow
 from toy.rivals.regression import Regression
 from toy.rivals.ufogen import UFOGen
-from toy.testbed import of_seed, origin_of
+from toy.testbed import origin_of, with_seed
 
 TUNING_SEED = 0  # on which a learning rate is chosen
-VERSION = 2  # of the rivals' code: cells of another are not used
+VERSION = 2  # of the rivals' code: raise it when that changes, and older cells are made anew
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Method:
     settings: dict = field(default_factory=dict)
 
 
-def of_rival(name, rival):
+def rival_method(name, rival):
     """The Method of a subclass of toy.rivals.training.Training."""
     return Method(name, rival.TITLE, rival.STEPS, rival.LEARNING_RATES, rival)
 
@@ -48,12 +48,12 @@ METHODS = {
             (1e-4, 3e-4, 1e-3),
             settings=dict(distil_lambda=0.0, distil_init="random"),
         ),
-        of_rival("consistency", Consistency),
-        of_rival("dmd2", DMD2),
-        of_rival("progressive", Progressive),
-        of_rival("reflow", Reflow),
-        of_rival("regression", Regression),
-        of_rival("ufogen", UFOGen),
+        rival_method("consistency", Consistency),
+        rival_method("dmd2", DMD2),
+        rival_method("progressive", Progressive),
+        rival_method("reflow", Reflow),
+        rival_method("regression", Regression),
+        rival_method("ufogen", UFOGen),
     )
 }
 
@@ -81,8 +81,8 @@ def cell_name(method, lr):
 
 
 def find(cells, method, lr, base, origin):
-    """The stored cell of these settings and origin (see Cells.read) that has the method's numbers
-    of steps, or none because the training failed; else None."""
+    """The stored cell of these settings and origin (see Cells.read), or None. It must have the
+    method's numbers of steps, or no rows (the training failed); a rival's must be of VERSION."""
     cell = cells.read(cell_name(method, lr), settings_of(method, lr, base), origin)
     fits = cell and [row["steps"] for row in cell["rows"]] in ([], list(method.steps))
     if fits and method.rival:
@@ -92,17 +92,16 @@ def find(cells, method, lr, base, origin):
 
 def tuning_cells(cells, method, base):
     """{learning rate: its cell on TUNING_SEED, or None}."""
-    tuning = of_seed(base, TUNING_SEED)
+    tuning = with_seed(base, TUNING_SEED)
     teacher = cells.read("teacher", tuning)
     return {
         lr: teacher and find(cells, method, lr, tuning, origin_of(teacher)) for lr in method.rates
     }
 
 
-def best_rate(cells, method, base):
-    """The learning rate with the least distance on TUNING_SEED, the geometric mean over the
-    method's numbers of steps. None if one has not been tried, or none came to its end."""
-    tried = tuning_cells(cells, method, base)
+def best_rate(tried):
+    """The learning rate with the least distance, the geometric mean over the method's numbers of
+    steps, of {learning rate: cell or None}. None if one has not been tried, or all failed."""
     distances = {
         lr: statistics.geometric_mean(row["fd"] for row in cell["rows"])
         for lr, cell in tried.items()

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import statistics
 import sys
@@ -32,8 +33,8 @@ FIGURES = ("fd", "precision", "recall", "accuracy")  # of the tables
 
 
 class Testbed:
-    """One data set and seed, at settings that run.resolve has seen. Whatever is trained lies in a
-    folder that its settings name, so that no cell trains a network that another one has trained."""
+    """One data set and seed, at settings that run.resolve has seen. Each network lies in a folder
+    named by the settings that it depends on, so that cells with the same teacher share it."""
 
     def __init__(self, folder, settings, device):
         self.settings, self.device = settings, device
@@ -83,7 +84,23 @@ class Testbed:
         clean(stage)
         return rows, seconds
 
-    def of_the_teacher(self):
+    def check_teacher(self, cell, missing):
+        """ValueError if cells are missing whose teacher is not the one of its cell. It is trained
+        anew where --work lacks it, and comes out the same on the same machine alone."""
+        stage = self.stage("teacher", self.settings)
+        if not missing or (stage.folder / "checkpoint.pt").exists():
+            return
+        row = cell["rows"][0]
+        again = self.scorer.teacher(self.teacher(self.settings), row["steps"], row["guidance"])
+        if again["fd"] != row["fd"]:
+            clean(stage)
+            raise ValueError(
+                f"--out: its cells of seed {self.settings.seed} are of another teacher (distance "
+                f"{row['fd']:.2f}; trained here: {again['fd']:.2f}); name another folder, or the "
+                "--work with their networks"
+            )
+
+    def teacher_row(self):
         """The teacher's row at most steps and best guidance."""
         teacher, most = self.teacher(self.settings), self.settings.eval_steps[-1]
         rows, steps, guidance = self.scorer.guided(teacher)
@@ -98,15 +115,10 @@ class Cells:
     def __init__(self, folder):
         self.folder = folder
 
-    def _path(self, row, seed):
-        return self.folder / f"{row}-seed{seed}.json"
+    def _path(self, name, seed):
+        return self.folder / f"{name}-seed{seed}.json"
 
-    def seeds(self, row):
-        """The seeds of which there is a cell, of whatever settings."""
-        found = self.folder.glob(f"{row}-seed*.json")
-        return sorted(int(path.stem.rpartition("-seed")[2]) for path in found)
-
-    def read(self, row, settings, origin=None):
+    def read(self, name, settings, origin=None):
         """The cell of these settings, their seed among them; None if there is none. ValueError if
         the file is no cell.
 
@@ -114,7 +126,7 @@ class Cells:
         machines (glyphs in single bits). All cells of a seed have the origin of its teacher's, but
         a page may show seeds of several machines.
         """
-        path = self._path(row, settings.seed)
+        path = self._path(name, settings.seed)
         if not path.exists():
             return None
         try:
@@ -129,16 +141,18 @@ class Cells:
     def teachers(self, base):
         """{seed: the teacher's cell} of whatever seeds of these settings. ValueError if there is
         none."""
-        found = {seed: self.read("teacher", of_seed(base, seed)) for seed in self.seeds("teacher")}
+        seeds = [p.stem.rpartition("-seed")[2] for p in self.folder.glob("teacher-seed*.json")]
+        seeds = sorted(int(seed) for seed in seeds if seed.isdecimal())
+        found = {seed: self.read("teacher", with_seed(base, seed)) for seed in seeds}
         found = {seed: cell for seed, cell in found.items() if cell}
         if not found:
             raise ValueError(f"{self.folder}: no cells of these settings; leave out --page")
         return found
 
-    def write(self, row, settings, bed, rows, seconds, **more):
+    def write(self, name, settings, bed, rows, seconds, **more):
         """Keep a cell: the rows are a Scorer's."""
         cell = {
-            "row": row,
+            "row": name,
             "commit": commit(),
             "machine": machine(bed.device),
             "data": bed.data.fingerprint,
@@ -147,7 +161,7 @@ class Cells:
             "rows": rows,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path(row, settings.seed), json.dumps(cell | more, indent=1) + "\n")
+        write_text(self._path(name, settings.seed), json.dumps(cell | more, indent=1) + "\n")
 
 
 def origin_of(cell):
@@ -162,7 +176,7 @@ def stored_settings(settings):
 
 
 def clean(stage):
-    """Remove a finished training's folder; its figures are kept."""
+    """Remove a training's folder, finished or not."""
     shutil.rmtree(stage.folder, ignore_errors=True)
 
 
@@ -270,7 +284,7 @@ def make_parser(prog, description, seeds, only="", share=3):
         "--work",
         type=Path,
         default=Path("runs/testbed"),
-        help="folder of the networks (runs/testbed)",
+        help="folder of the networks (runs/testbed); two programs on one seed need one each",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of tables and cells (results)"
@@ -303,8 +317,8 @@ def run_program(parser, page, argv, run_cells, write_page):
         if not arguments.page:
             run_cells(arguments, cells, device)
         base = base_settings(arguments, arguments.seeds[0], device)
-        command = ["python", parser.prog, *(x for x in argv if x != "--page")]
-        write_page(out, cells, base, arguments, " ".join(command))
+        command = ["python", parser.prog, *(x for x in map(str, argv) if x != "--page")]
+        write_page(out, cells, base, arguments, shlex.join(command))
         print(out.with_suffix(".md"))
 
     return exit_code(parser.prog, work, arguments.debug)
@@ -327,6 +341,6 @@ def base_settings(arguments, seed, device):
     return resolve(settings, arguments.dataset, device)
 
 
-def of_seed(base, seed):
+def with_seed(base, seed):
     """The same settings for another seed."""
     return dataclasses.replace(base, seed=seed)

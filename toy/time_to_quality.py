@@ -28,11 +28,11 @@ from toy.testbed import (
     base_settings,
     clean,
     make_parser,
-    of_seed,
     origin_of,
     run_program,
     show,
     sources,
+    with_seed,
 )
 
 TEACHER_STEPS = (8, 25, 50)
@@ -144,7 +144,7 @@ def draw(path, teachers, curves):
 def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png."""
     found = cells.teachers(base)
-    stored = {s: cells.read("curve", of_seed(base, s), origin_of(t)) for s, t in found.items()}
+    stored = {s: cells.read("curve", with_seed(base, s), origin_of(t)) for s, t in found.items()}
     stored = {seed: cell for seed, cell in stored.items() if cell}
     commits, machines = sources(stored.values())
     curves = {seed: cell["rows"] for seed, cell in stored.items()}

@@ -4,6 +4,7 @@ table of two rows, a curve."""
 import dataclasses
 import json
 import math
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -69,26 +70,26 @@ def test_a_cell_counts_for_its_own_settings_and_data_alone(tmp_path):
     origin = "mine", base.precision
     cells.write("teacher", base, bed, [row(4.0, 50)], 0)
     cells.write("default", base, bed, [row(2.0), row(1.0, 4)], 60)
-    assert cells.read("default", base)["seconds"] == 60 and cells.seeds("default") == [1]
+    assert cells.read("default", base)["seconds"] == 60
     assert cells.read("default", base, origin)
     assert not cells.read("default", base, ("another", base.precision))
     assert cells.read("default", dataclasses.replace(base, data_dir="elsewhere"))
     # Multiples of the teacher's distance.
-    assert ablate.collect(cells, base, "default", 1, "fd") == {1: 0.5}
-    assert ablate.collect(cells, base, "default", 4, "fd") == {1: 0.25}
-    assert ablate.collect(cells, base, "default", 4, "accuracy") == {1: 0.75}
+    assert ablate.collect(ablate.read_all(cells, base), "default", 1, "fd") == {1: 0.5}
+    assert ablate.collect(ablate.read_all(cells, base), "default", 4, "fd") == {1: 0.25}
+    assert ablate.collect(ablate.read_all(cells, base), "default", 4, "accuracy") == {1: 0.75}
     elsewhere = dataclasses.replace(base, precision="fp32")  # a machine without bf16
     assert cells.read("default", elsewhere)
     assert not cells.read("default", elsewhere, ("mine", "fp32"))
     # A page leaves out what is of another machine than the teacher's cell of that seed.
     cells.write("teacher", elsewhere, bed, [row(4.0, 50)], 0)
-    assert ablate.collect(cells, base, "default", 1, "fd") == {}
+    assert ablate.collect(ablate.read_all(cells, base), "default", 1, "fd") == {}
     cells.write("teacher", base, bed, [row(4.0, 50)], 0)
     for change in (dict(distil_steps=9999), dict(teacher_steps=9)):
         other = dataclasses.replace(base, **change)
         assert not cells.read("default", other)
         with pytest.raises(ValueError, match="no cells of these settings; leave out --page"):
-            ablate.collect(cells, other, "default", 1, "fd")
+            ablate.read_all(cells, other)
     stored = json.loads((tmp_path / "default-seed1.json").read_text())
     assert stored["commit"] and stored["machine"]
     (tmp_path / "default-seed1.json").write_text("{}")
@@ -196,7 +197,7 @@ def test_a_training_that_breaks_leaves_no_folder(tmp_path, monkeypatch):
 def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeypatch, capsys):
     def add(bed, settings):
         if settings.distil_lambda == 0:
-            raise NotFinite("ADD, step 3: student loss is nan")
+            raise NotFinite("ADD, step 3: student loss is nan", "; --skip-nonfinite N")
         return [row(2.0), row(1.0, 4)], 1.0
 
     monkeypatch.setattr(ablate.Testbed, "add", add)
@@ -205,9 +206,24 @@ def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeyp
     assert main_in_process(ablate, [*FLAGS, *where, *only], capsys)[0] == 0
     page = (tmp_path / "ablation-glyphs.md").read_text()
     assert "(`lambda-0.5`) | 1 |" in page and "adversarial`)" not in page
-    assert "`adversarial` came to infinite numbers on seed 0." in page
+    assert "`adversarial` diverged on seed 0." in page
     cell = json.loads((tmp_path / "ablation-glyphs" / "adversarial-seed0.json").read_text())
     assert cell["rows"] == [] and cell["error"].endswith("loss is nan")
+    # A teacher that is gone from --work comes out the same here, and nothing is said.
+    teacher = tmp_path / "ablation-glyphs" / "teacher-seed0.json"
+    shutil.rmtree(tmp_path / "work")
+    flags = [*FLAGS, *where, "--only", "lambda-2.5"]
+    assert main_in_process(ablate, flags, capsys)[0] == 0
+    # Cells of one that comes out otherwise are not joined.
+    cell = json.loads(teacher.read_text())
+    cell["rows"][0]["fd"] += 1
+    teacher.write_text(json.dumps(cell))
+    shutil.rmtree(tmp_path / "work")
+    flags = [*FLAGS, *where, "--only", "guidance-2"]
+    for _ in range(2):
+        code, err = main_in_process(ablate, flags, capsys)
+        assert code == 2 and "--out: its cells of seed 0 are of another teacher" in err
+    assert not (tmp_path / "ablation-glyphs" / "guidance-2-seed0.json").exists()
 
 
 def test_a_goal_is_passed_where_no_later_distance_is_above_it():

@@ -40,10 +40,7 @@ def draw_pairs(stage, teacher, guidance, seconds, clock=time.perf_counter):
 
 
 class OnPairs(Training):
-    """A training on pairs instead of data; loss(noise, images, labels) is the rival's.
-
-    With k steps it samples by DDIM from pure noise.
-    """
+    """A training on pairs instead of data; loss(noise, images, labels) is the rival's."""
 
     PAIRS = True
 
@@ -62,7 +59,3 @@ class OnPairs(Training):
         log, _ = self.descend()
         self.after_step()
         return log
-
-    def sample(self, noise, labels, steps, generator=None):
-        """Images (B, C, H, W) in pixels."""
-        return self.denoiser.decode(denoise(self.denoiser, noise, labels, steps))

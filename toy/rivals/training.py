@@ -107,7 +107,8 @@ class Training:
 class EncoderDiscriminator(nn.Module):
     """A logit (B,) for each diffused image (B, C, H, W) at t (B,) of the class labels (B,).
 
-    It is a copy of the teacher's encoder, trained as a whole, with a small head on its last map.
+    It is a copy of the teacher's whole U-Net, with a small head on its encoder's last map. DMD2's
+    fake-score network is that U-Net; UFOGen leaves the decoder unused.
     """
 
     def __init__(self, network):
