@@ -24,7 +24,7 @@ from toy.rivals.pairs import Pairs, draw_pairs
 from toy.rivals.progressive import Progressive
 from toy.rivals.reflow import Reflow
 from toy.rivals.regression import Regression
-from toy.rivals.training import discriminator_loss, generator_loss
+from toy.rivals.training import gan_discriminator_loss, gan_generator_loss
 from toy.rivals.ufogen import UFOGen
 from toy.samplers import denoise
 from toy.settings import Settings
@@ -349,8 +349,8 @@ def test_a_batch_of_pairs_keeps_noise_image_and_label_together(tmp_path, monkeyp
 
 def test_the_gan_losses_by_hand():
     real, fake = torch.tensor([1.0]), torch.tensor([-2.0])
-    assert discriminator_loss(real, fake).item() == pytest.approx(0.313262 + 0.126928, abs=1e-5)
-    assert generator_loss(fake).item() == pytest.approx(2.126928, abs=1e-5)
+    assert gan_discriminator_loss(real, fake).item() == pytest.approx(0.313262 + 0.126928, abs=1e-5)
+    assert gan_generator_loss(fake).item() == pytest.approx(2.126928, abs=1e-5)
 
 
 def test_the_kl_weight_is_that_of_diffusions_last_step():
@@ -618,13 +618,9 @@ def test_the_best_learning_rate_has_the_least_geometric_mean_of_distances(tmp_pa
     assert best(base) is None
     write(cells, "dmd2", 1e-3, tuning, rows_of(8.0, 2.0, 1.0))  # 2.5, and the larger mean
     write(cells, "dmd2", 1e-4, tuning, rows_of(3.0, 3.0, 3.0))
-    assert (
-        best(base) is None
-    )  # not all have been tried
+    assert best(base) is None  # not all have been tried
     write(cells, "dmd2", 3e-4, tuning, [], error="loss is nan")
-    assert (
-        best(base) is None
-    )  # there is no teacher's cell
+    assert best(base) is None  # there is no teacher's cell
     cells.write("teacher", tuning, BED, [row(1.0, 50)], 0)
     write(cells, "dmd2", 3e-4, base, rows_of(0.1, 0.1, 0.1))  # of another seed
     assert best(base) == 1e-3

@@ -21,8 +21,8 @@ from add import Denoiser, randn_like
 from toy.rivals.training import (
     EncoderDiscriminator,
     Training,
-    discriminator_loss,
-    generator_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
 )
 from toy.teacher import training_target
 
@@ -78,7 +78,7 @@ class DMD2(Training):
             fake = self.fake(x_t, t, labels)
             moved = x_hat - matching_gradient(x_hat, real, fake)
         matching = (x_hat - moved).square().mean() / 2
-        adversarial = generator_loss(self.critic(x_t, t, labels))
+        adversarial = gan_generator_loss(self.critic(x_t, t, labels))
         self.critic.requires_grad_(True)
         return (matching + GENERATOR_GAN * adversarial,)
 
@@ -95,7 +95,7 @@ class DMD2(Training):
         denoising = (output - target).square().mean()
         real_t = self.schedule.diffuse(x_0, randn_like(x_0, self.generator), t)
         real, fake = self.critic(real_t, t, labels), self.critic.judge(middle)
-        return (denoising + FAKE_GAN * discriminator_loss(real, fake),)
+        return (denoising + FAKE_GAN * gan_discriminator_loss(real, fake),)
 
     def step(self, i):
         """One iteration: the fake-score network's updates, then the generator's."""

@@ -127,11 +127,11 @@ class EncoderDiscriminator(nn.Module):
         return self.last(functional.silu(self.norm(self.conv(h))).mean((2, 3)))[:, 0]
 
 
-def generator_loss(fake_logits):
+def gan_generator_loss(fake_logits):
     """-log D(fake), the non-saturating loss (Goodfellow et al. 2014), a scalar."""
     return functional.softplus(-fake_logits).mean()
 
 
-def discriminator_loss(real_logits, fake_logits):
+def gan_discriminator_loss(real_logits, fake_logits):
     """-log D(real) - log(1 - D(fake)), a scalar."""
     return functional.softplus(-real_logits).mean() + functional.softplus(fake_logits).mean()

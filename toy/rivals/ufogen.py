@@ -13,8 +13,8 @@ from add import distance, randn_like
 from toy.rivals.training import (
     EncoderDiscriminator,
     Training,
-    discriminator_loss,
-    generator_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
 )
 
 KL_WEIGHT = 1.0
@@ -57,7 +57,7 @@ class UFOGen(Training):
             self.student.diffuse(x_0, randn_like(x_0, self.generator), s), s, labels
         )
         self.discriminator.requires_grad_(False)
-        adversarial = generator_loss(self.discriminator(self.diffuse(x_hat, r), r, labels))
+        adversarial = gan_generator_loss(self.discriminator(self.diffuse(x_hat, r), r, labels))
         self.discriminator.requires_grad_(True)
         weight = kl_weight(self.schedule.alpha[s], self.schedule.alpha[r])
         reconstruction = (weight * distance(x_hat, x_0)).mean()
@@ -65,8 +65,8 @@ class UFOGen(Training):
 
     def discriminator_loss(self, x_0, x_hat, r, labels):
         """(loss,) of real and generated images, each with noise of its own."""
-        real = self.discriminator(self.diffuse(x_0, r), r, labels)
-        return (discriminator_loss(real, self.discriminator(self.diffuse(x_hat, r), r, labels)),)
+        real, fake = (self.discriminator(self.diffuse(x, r), r, labels) for x in (x_0, x_hat))
+        return (gan_discriminator_loss(real, fake),)
 
     def step(self, i):
         """One iteration: the generator, then the discriminator on the same images."""
