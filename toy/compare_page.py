@@ -196,8 +196,8 @@ def write_page(out, cells, base, arguments, command):
         "",
         f"Mean ± standard deviation over {'seeds' if len(seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, seeds))}. Distances are multiples of that seed's teacher's in "
-        f"50 DDIM steps. The teacher has its best guidance. Milliseconds are the "
-        "evaluations of the network times the mean time of one.",
+        "50 DDIM steps. The teacher has its best guidance. Milliseconds are the evaluations of the "
+        "network times the mean time of one.",
         "",
         *(f"- {conclusion(lines, steps)}" for steps in contests),
         *(f"- {sentence}" for sentence in gaps(tried, found, seeds)),

@@ -22,7 +22,7 @@ from toy.loop import TrainingError
 from toy.pictures import tile
 from toy.samplers import noise_for, sample_student, sample_teacher
 from toy.settings import Settings
-from toy.teacher import make_denoiser
+from toy.teacher import resized
 
 REFUSED = (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError)
 COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixel
@@ -49,10 +49,8 @@ def load_teacher(run, student):
     teacher = copy.deepcopy(student.denoiser)
     settings = from_dict(Settings, json.loads((run / "config.json").read_text())["settings"])
     if settings.distil_widths:  # the student has another size
-        network = student.denoiser.network
-        channels = network.stem.in_channels // network.patch**2
-        teacher = make_denoiser(channels, network.classes, settings, student.denoiser.encode)
-        teacher.network.bf16 = network.bf16
+        teacher = resized(student.denoiser, settings)
+        teacher.network.bf16 = student.denoiser.network.bf16
     weights = {
         name.removeprefix("module."): x
         for name, x in state["ema"].items()

@@ -28,7 +28,7 @@ from toy.loop import (
 from toy.networks import has_bf16
 from toy.public import make_public
 from toy.settings import Settings
-from toy.teacher import Standardize, make_denoiser
+from toy.teacher import Standardize, make_denoiser, resized
 
 
 def make_student(teacher, settings, second=None):
@@ -36,12 +36,10 @@ def make_student(teacher, settings, second=None):
     second one of another size; with --distil-init random a network of its size, untrained."""
     denoiser = copy.deepcopy(second or teacher)
     if settings.distil_init == "random":
-        network, widths = teacher.network, settings.distil_widths or settings.teacher_widths
+        widths = settings.distil_widths or settings.teacher_widths
         size = dataclasses.replace(settings, teacher_widths=widths)
-        channels = network.stem.in_channels // network.patch**2
         torch.manual_seed(settings.seed_of("distil"))
-        denoiser = make_denoiser(channels, network.classes, size, teacher.encode)
-        denoiser = denoiser.to(teacher.schedule.alpha.device)
+        denoiser = resized(teacher, size).to(teacher.schedule.alpha.device)
     for module in denoiser.requires_grad_(True).modules():
         if isinstance(module, nn.Dropout):
             # It keeps a long training from overfitting; here it would only add noise to x_hat.

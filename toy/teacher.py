@@ -76,6 +76,13 @@ def make_denoiser(channels, classes, settings, standardize):
     return Denoiser(network, schedule, settings.teacher_prediction, *space)
 
 
+def resized(denoiser, settings):
+    """An untrained denoiser for the same images and classes, of the settings' size."""
+    network = denoiser.network
+    channels = network.stem.in_channels // network.patch**2
+    return make_denoiser(channels, network.classes, settings, denoiser.encode)
+
+
 def training_target(x_0, noise, alpha, sigma, prediction):
     """What the network should give: ε, v = α ε - σ x_0, or x_0."""
     return {"epsilon": noise, "v": alpha * noise - sigma * x_0, "x_0": x_0}[prediction]

@@ -137,10 +137,7 @@ def report(games, excluded, bootstraps, seed):
     """Lines of Markdown: win rates of every study, ELO of every study and their mean."""
     studies, lines = by_study(games), []
     for study, played in studies.items():
-        lines += [
-            f"## {study}: {len(played)} votes",
-            "",
-        ]
+        lines += [f"## {study}: {len(played)} votes", ""]
         rows = [
             [a, b, f"{p:.1%}", f"{low:.1%} to {high:.1%}", n]
             for (a, b), (p, low, high, n) in win_rates(played).items()
