@@ -12,6 +12,8 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see toy/run.py
 
 import dataclasses
+import math
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +29,10 @@ from toy.testbed import (
     Testbed,
     base_settings,
     difference,
+    log_ratios,
     make_parser,
-    mean_and_spread,
     origin_of,
+    quotient,
     run_program,
     show,
     sources,
@@ -141,6 +144,7 @@ PAPER = [
           "c-img", "c-text"),
     Claim("b) both conditions are better than none: FID 20.6, 21.2; CLIP 0.319, 0.302",
           "default", "c-none"),
+    Claim("b) … than c_img alone: FID 20.6, 21.1; CLIP 0.319, 0.316", "default", "c-img"),
     Claim("c) a pretrained student is better than a random one: FID 20.6, 293.6; CLIP 0.319, "
           "0.065", "default", "start-random"),
     Claim("d) both losses are better than the adversarial one: FID 20.6, 20.8; CLIP 0.319, "
@@ -262,17 +266,17 @@ def table(found):
     head = ["", "seeds"]
     for steps in STEPS:
         label = f"{steps} step{'s' * (steps > 1)}"
-        head += [f"distance, {label}, ×", "precision", "recall", "accuracy"]
+        head += [f"distance, {label}, ×", "over the default's", "precision", "recall", "accuracy"]
     lines = []
     for row in ROWS.values():
-        if seeds := len(collect(found, row.name, 1, "fd")):
-            figures = [
-                show(collect(found, row.name, steps, figure))
-                for steps in STEPS
-                for figure in FIGURES
-            ]
+        if seeds := collect(found, row.name, 1, "fd"):
             text = "**default**" if row == DEFAULT else f"{title_of(row)} (`{row.name}`)"
-            lines.append([text, seeds, *figures])
+            line = [text, ", ".join(map(str, seeds))]
+            for steps in STEPS:
+                distance, *others = (collect(found, row.name, steps, f) for f in FIGURES)
+                usual = collect(found, DEFAULT.name, steps, "fd") if row != DEFAULT else {}
+                line += [show(distance), quotient(distance, usual), *map(show, others)]
+            lines.append(line)
     return markdown.table(head, lines)
 
 
@@ -282,8 +286,11 @@ def judge(claims, found, head):
     for claim in claims:
         names = claim.better, claim.worse
         better, worse = (collect(found, name, claim.steps, "fd") for name in names)
-        if better and worse:
-            ours = f"`{claim.better}` {show(better)}, `{claim.worse}` {show(worse)}"
+        if seeds := better.keys() & worse.keys():
+            ours = ", ".join(
+                f"`{name}` {show({seed: values[seed] for seed in seeds})}"
+                for name, values in zip(names, (better, worse), strict=True)
+            )
             others = [
                 difference(*(collect(found, name, claim.steps, figure) for name in names))
                 for figure in ("precision", "accuracy")
@@ -294,25 +301,31 @@ def judge(claims, found, head):
 
 
 def draw(path, found):
-    """One-step distance of every row, each seed a dot; the default's range is grey."""
+    """One-step distance of every row over the default's, each seed a dot; a dash is their geometric
+    mean."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    lines = [(title_of(row), collect(found, row.name, 1, "fd")) for row in ROWS.values()]
-    lines = [(text, list(values.values())) for text, values in lines if values][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 + 0.25 * len(lines)), layout="constrained")
-    if usual := collect(found, "default", 1, "fd").values():
-        axes.axvspan(min(usual), max(usual), color="lightgrey")
+    usual = collect(found, DEFAULT.name, 1, "fd")
+    lines = [
+        (title_of(row), log_ratios(collect(found, row.name, 1, "fd"), usual))
+        for row in ROWS.values()
+        if row != DEFAULT
+    ]
+    lines = [(text, values) for text, values in lines if values][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.25 * len(lines)), layout="constrained")
+    axes.axvline(1, color="lightgrey")
     for i, (_, values) in enumerate(lines):
-        axes.plot(values, [i] * len(values), ".", color="C0")
-        axes.plot([mean_and_spread(values)[0]], [i], "|", color="C3", markersize=10)
+        axes.plot([math.exp(x) for x in values], [i] * len(values), ".", color="C0")
+        axes.plot([math.exp(statistics.mean(values))], [i], "|", color="C3", markersize=10)
     axes.set_yticks(range(len(lines)), [text for text, _ in lines])
-    axes.set(xscale="log", xlabel="Fréchet distance in one step, × the teacher's in 50")
+    axes.set(xscale="log", xlabel="Fréchet distance in one step over the default's, same seed")
     axes.set_ylim(-0.6, len(lines) - 0.4)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -333,13 +346,15 @@ def write_page(out, cells, base, arguments, command):
         f"`{command}` · seeds {seeds} · {base.distil_steps} ADD iterations a cell · {machines} · "
         f"commit {commits}",
         "",
-        "Every row is one change from the default run. Mean ± standard deviation over the seeds. "
-        f"Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
-        f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}).",
+        "Every row is one change from the default run. Mean ± standard deviation over the row's "
+        f"seeds. Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
+        f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}). *Over the default's* "
+        "is their quotient on the row's seeds: the geometric mean and its 95 % interval, bold if 1 "
+        "lies outside.",
         "",
         *table(found),
         "",
-        f"![one-step distances]({out.name}.png)",
+        f"![one-step distances over the default's]({out.name}.png)",
         "",
         *([" ".join(remarks), ""] if remarks else []),
         "## What the paper concludes",

@@ -209,13 +209,30 @@ def verdict(better, worse):
     Both are {seed: figure > 0}. A seed's rows share their teacher and data, so they are compared in
     pairs: a t test on the logarithms of the ratios, at 95 %.
     """
-    ratios = [math.log(worse[seed] / better[seed]) for seed in better.keys() & worse.keys()]
+    ratios = log_ratios(worse, better)
     if len(ratios) < 2:
         return "too few seeds"
     mean, noise = mean_and_noise(ratios)
     if abs(mean) <= noise:
         return "within noise"
     return "holds" if mean > 0 else "does not hold"
+
+
+def log_ratios(x, y):
+    """log(x / y) for the seeds that both {seed: figure > 0} have."""
+    return [math.log(x[seed] / y[seed]) for seed in x.keys() & y.keys()]
+
+
+def quotient(x, y):
+    """Geometric mean of x / y over the seeds that both {seed: figure > 0} have, and its 95 %
+    interval; bold if 1 lies outside of that. A table's cell."""
+    ratios = log_ratios(x, y)
+    if len(ratios) < 2:
+        return f"{math.exp(ratios[0]):.2f}" if ratios else ""
+    mean, noise = mean_and_noise(ratios)
+    middle, low, high = (math.exp(value) for value in (mean, mean - noise, mean + noise))
+    text = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"**{text}**" if abs(mean) > noise else text
 
 
 def difference(x, y):

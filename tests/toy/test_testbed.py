@@ -17,7 +17,7 @@ from toy.demo import load_teacher, make_draw
 from toy.distil import load_student
 from toy.loop import NotFinite
 from toy.settings import Settings
-from toy.testbed import Cells, difference, mean_and_spread, sources, verdict
+from toy.testbed import Cells, difference, mean_and_spread, quotient, sources, verdict
 
 
 def seeds(*values):
@@ -52,6 +52,31 @@ def test_a_difference_is_paired_and_bold_beyond_noise():
     assert difference(seeds(0.19, 0.2, 0.21), seeds(0, 0, 0)) == "**+0.20 ± 0.02**"
     assert difference(seeds(0, 0, 0), seeds(0.19, 0.2, 0.21)) == "**-0.20 ± 0.02**"
     assert difference({0: 0.5}, {0: 0.25, 1: 9}) == "+0.25" and difference({}, {0: 1}) == ""
+
+
+def test_a_quotient_is_paired_and_bold_if_one_lies_outside_its_interval():
+    # Logarithms 1.6, 2, 2.4: noise 0.994; 1, 2, 3: noise 2.484.
+    far = seeds(math.e**1.6, 10 * math.e**2, 100 * math.e**2.4)
+    assert quotient(far, seeds(1, 10, 100)) == "**7.39 (2.74 to 19.96)**"
+    assert quotient(seeds(1, 10, 100), far) == "**0.14 (0.05 to 0.37)**"
+    near = seeds(math.e, math.e**2, math.e**3)
+    assert quotient(near, seeds(1, 1, 1)) == "7.39 (0.62 to 88.62)"
+    assert quotient({0: 3.0, 2: 9.0}, {0: 2.0, 1: 5.0}) == "1.50" and quotient({}, {0: 1}) == ""
+
+
+def test_rows_of_other_seeds_than_the_defaults_are_compared_on_the_common_ones():
+    def cells(distances):  # in one step, {seed: multiple of the teacher's}
+        teacher = {"rows": [row(2.0)]}
+        return {s: ({"rows": [row(2 * x)]}, teacher) for s, x in distances.items()}
+
+    found = {name: {} for name in ablate.ROWS}
+    found["default"] = cells({0: 1.0, 1: 2.0, 2: 4.0, 3: 100.0})
+    found["c-none"] = cells({0: 2.0, 1: 4.0, 2: 8.0, 9: 1.0})
+    _, _, default, none = ablate.table(found)
+    assert default.startswith("| **default** | 0, 1, 2, 3 | 26.75 ± 48.85 |  |")
+    assert "| 0, 1, 2, 9 | 3.75 ± 3.10 | **2.00 (2.00 to 2.00)** |" in none
+    _, _, claim = ablate.judge(ablate.PAPER, found, "")
+    assert "| `default` 2.33 ± 1.53, `c-none` 4.67 ± 3.06 | holds |" in claim
 
 
 def test_sources_name_each_commit_and_machine_once():
@@ -118,8 +143,8 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert code == 0, err
     assert out.count("seed 0\n") == 2 and out.endswith("ablation-glyphs.md\n")
     page = (tmp_path / "ablation-glyphs.md").read_text()
-    assert "| **default** | 1 |" in page
-    assert "| d) Losses: adversarial alone (λ = 0) (`adversarial`) | 1 |" in page
+    assert "| **default** | 0 |" in page
+    assert "| d) Losses: adversarial alone (λ = 0) (`adversarial`) | 0 |" in page
     assert " CPU, 1 thread, torch " in page and "heads instead of four" not in page
     assert "too few seeds" in page and (tmp_path / "ablation-glyphs.png").exists()
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("ablation-glyphs/*")}
@@ -141,7 +166,7 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     # --page describes them all and trains nothing.
     code, _ = main_in_process(ablate, [*FLAGS, *where, "--only", "d,g", "--page"], capsys)
     page = (tmp_path / "ablation-glyphs.md").read_text()
-    assert code == 0 and "(`lambda-0.5`) | 1 |" in page and "--only d,g` · seeds 0" in page
+    assert code == 0 and "(`lambda-0.5`) | 0 |" in page and "--only d,g` · seeds 0" in page
     assert len(list(tmp_path.glob("ablation-glyphs/*"))) == len(now)
 
 
@@ -205,7 +230,7 @@ def test_a_row_that_breaks_is_left_out_and_the_others_are_done(tmp_path, monkeyp
     only = ["--only", "adversarial,lambda-0.5"]
     assert main_in_process(ablate, [*FLAGS, *where, *only], capsys)[0] == 0
     page = (tmp_path / "ablation-glyphs.md").read_text()
-    assert "(`lambda-0.5`) | 1 |" in page and "adversarial`)" not in page
+    assert "(`lambda-0.5`) | 0 |" in page and "adversarial`)" not in page
     assert "`adversarial` diverged on seed 0." in page
     cell = json.loads((tmp_path / "ablation-glyphs" / "adversarial-seed0.json").read_text())
     assert cell["rows"] == [] and cell["error"].endswith("loss is nan")
