@@ -28,15 +28,16 @@ Departures from the paper, and choices where it is silent
        the loss grow with the resolution.
     3. Hinge losses are averaged over tokens and summed over heads. R1 has no factor ½ and
        differentiates the sum over tokens and batch.
-    4. c_text and c_img enter as a sum of two linear maps: one linear map of both together.
-    5. c_img is zero at τ_n, where the student has seen nothing of x_0. Real images get the
+    4. c_text and c_img have a linear map each, and the results are added: the same as one linear
+       map of their concatenation.
+    5. c_img is zero at τ_n, where the student's input contains nothing of x_0. Real images get the
        conditions of their generated partners.
     6. The paper gives no guidance of the teacher, optimisers, EMA or augmentation. NFSD with
        several teacher steps has no published form, and is refused.
     7. Of T_student the paper gives N = 4 and τ_n = 1000; ours is evenly spaced. Each iteration
        trains both sides; the heads see images from before the student's update.
-    8. Further sampling steps take fresh noise: the paper does not say. The released models' demo
-       keeps a share of the old noise, at t = 999, 899, 799, 699. Denoiser.clip is optional.
+    8. Each further sampling step adds fresh noise; the paper does not say. The released models'
+       demo keeps a part of the old noise, at t = 999, 899, 799, 699.
 """
 
 import math
@@ -106,7 +107,7 @@ class NoiseSchedule(nn.Module):
         if t.ndim != 1 or t.is_floating_point() or self.alpha.dtype.itemsize < 4:
             got = f"t is {tuple(t.shape)}, {t.dtype}; the schedule {self.alpha.dtype}"
             raise ValueError(f"{got}; expected integers of shape (B,), and float32 or more")
-        if t.device.type == "cpu" and len(t):  # a GPU would have to be waited for
+        if t.device.type == "cpu" and len(t):  # on a GPU it would force a wait
             low, high = t.min().item(), t.max().item()
             if not 0 <= low <= high < len(self):
                 raise ValueError(f"t={low}…{high} is out of range; t = 0…{len(self) - 1}")
@@ -128,7 +129,8 @@ PREDICTIONS = ("epsilon", "v", "x_0")  # v = α ε - σ x_0 (Salimans & Ho 2022)
 
 def to_x_0_and_epsilon(output, x_t, alpha, sigma, prediction):
     """(x̂_0, ε̂) from a network's output and what it predicts; always x_t = α x̂_0 + σ ε̂."""
-    output = output.to(torch.promote_types(output.dtype, alpha.dtype))  # half precision ends here
+    # From here on in the schedule's precision.
+    output = output.to(torch.promote_types(output.dtype, alpha.dtype))
     if prediction == "epsilon":
         return (x_t - sigma * output) / alpha, output
     if prediction == "v":
@@ -299,7 +301,7 @@ class DiscriminatorHead(nn.Module):
         self.last = spectral_norm(CircularConv(hidden, c_map if self.conditional else 1, 1))
         widths = {"c_text": text_dim, "c_img": image_dim}
         self.maps = nn.ParameterDict({k: torch.randn(c_map, w) for k, w in widths.items() if w})
-        # With it a condition of zeros (c_img at τ_n) still leaves a logit.
+        # The bias keeps a logit where all conditions are zero (c_img at τ_n).
         self.unconditional = nn.Parameter(torch.randn(c_map)) if self.conditional else None
 
     def forward(self, tokens, c_text=None, c_img=None):
@@ -346,7 +348,7 @@ class Discriminator(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.features.eval()  # whatever is asked for
+        self.features.eval()  # F is frozen
         return self
 
 
@@ -600,7 +602,7 @@ class ADD(nn.Module):
         with torch.no_grad():
             real_tokens = self.discriminator.features(half.real)
         real_tokens = [x.detach().requires_grad_(gamma > 0) for x in real_tokens]
-        with parametrize.cached():  # one spectral norm: real and generated meet the same weights
+        with parametrize.cached():  # one spectral norm, the same weights for real and generated
             real_logits = heads(real_tokens, half.c_text, half.c_img)
             fake_logits = heads(half.fake_tokens, half.c_text, half.c_img)
         hinge = hinge_discriminator(real_logits, fake_logits)

@@ -1,7 +1,7 @@
 """Distil Stable Diffusion with ADD: python full/run.py --backbone sdxl --data SHARDS --out DIR
 
 On several GPUs: accelerate launch --config_file full/configs/NAME.yaml full/run.py … The result is
-DIR/pipeline, a diffusers folder. Ctrl-C and SIGTERM save; --resume auto goes on.
+DIR/pipeline, a diffusers folder. Ctrl-C and SIGTERM save; --resume auto continues.
 """
 
 import argparse
@@ -24,6 +24,7 @@ def parse_arguments(argv):
     """(arguments, {setting: value} of those given)."""
     parser = argparse.ArgumentParser(
         prog="full/run.py",
+        usage="%(prog)s [--backbone X] [--data X] [--out DIR] [--resume X] [other flags]",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,11 +45,13 @@ def parse_arguments(argv):
         action="store_true",
         help="print memory, time and GPU-hours of the run instead; needs no data or GPU",
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="of --plan: how many (default: 1)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="with --plan: number of GPUs (default: 1)"
+    )
     parser.add_argument(
         "--gpu",
         metavar="X",
-        help="of --plan: a100-40, a100-80 (default), h100-80, h200-141, rtx4090-24 or l40s-48",
+        help="with --plan: a100-40, a100-80 (default), h100-80, h200-141, rtx4090-24 or l40s-48",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser.add_argument_group("settings"), Settings)
@@ -104,7 +107,7 @@ def run(arguments, given):
         arguments.out.mkdir(parents=True, exist_ok=True)
         if not arguments.resume and checkpoint.saved(arguments.out):
             raise ValueError(
-                f"--out {arguments.out}: holds a run; --resume auto goes on with it, another "
+                f"--out {arguments.out}: holds a run; --resume auto continues it, another "
                 "folder starts over"
             )
         config = {"settings": dataclasses.asdict(settings), "commit": commit()}
@@ -142,7 +145,7 @@ def main(argv=None):
         folder = run(arguments, given)
     except KeyboardInterrupt as stop:
         print(
-            f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto goes on from "
+            f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto continues from "
             "the last checkpoint",
             file=sys.stderr,
         )

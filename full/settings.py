@@ -57,8 +57,8 @@ class Settings:
     )
     vae: str = option(
         "kl",
-        "what decodes for the losses: kl (the backbone's own), taesd, or a folder or repository "
-        "of a tiny decoder",
+        "decoder for the losses: kl (the backbone's own), taesd, or a folder or repository of a "
+        "tiny decoder",
     )
 
     features: str = option(
@@ -110,9 +110,9 @@ class Settings:
         "where images and captions are: a folder, webdataset shards (*.tar, {000..127}, a URL), "
         "or hf:NAME",
     )
-    hf_split: str = option("train", "split of a Hugging Face data set")
-    hf_image: str = option("image", "its column of images")
-    hf_caption: str = option("text", "its column of captions")
+    hf_split: str = option("train", "split of the Hugging Face data set")
+    hf_image: str = option("image", "column of images in the Hugging Face data set")
+    hf_caption: str = option("text", "column of captions in the Hugging Face data set")
     resolution: int = option(512, "height and width of the images", limits=(8, 10_000))
     random_crop: bool = option(False, "crop at random instead of in the centre")
     flip: bool = option(False, "mirror half of the images")
@@ -132,15 +132,15 @@ class Settings:
     student_lr: float = option(1e-5, "the student's learning rate", limits=RATE)
     heads_lr: float = option(1e-4, "the discriminator heads' learning rate", limits=RATE)
     beta1: float = option(0.0, "beta_1 of both optimisers (beta_2 is 0.99)", limits=(0, 0.999))
-    weight_decay: float = option(0.0, "of AdamW, for the student")
-    warm_up: int = option(100, "iterations over which both rates rise")
-    clip: float = option(1.0, "the student's gradient is clipped to this norm (0: not)")
+    weight_decay: float = option(0.0, "AdamW's weight decay for the student")
+    warm_up: int = option(100, "iterations over which both learning rates rise to their values")
+    clip: float = option(1.0, "the student's gradient is clipped to this norm (0: no clipping)")
     optimizer: str = option(
         "adamw", "the student's: adamw, or adamw8bit (needs bitsandbytes)", ("adamw", "adamw8bit")
     )
     ema: float = option(
         0.999,
-        "decay of the student's moving average, which is what is saved (0: none)",
+        "decay per iteration of the student's moving average, which is what is saved (0: none)",
         limits=SHARE,
     )
     precision: str = option("bf16", "bf16, or fp32", ("bf16", "fp32"))
@@ -149,9 +149,11 @@ class Settings:
     )
     vae_slicing: bool = option(True, "encode and decode image by image")
     compile: bool = option(False, "torch.compile the U-Nets")
-    seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
+    seed: int = option(0, "seed of all random numbers", limits=(0, 2**31 - 1))
 
-    prompts: str = option("", "a file of validation prompts, one a line (empty: a few of our own)")
+    prompts: str = option(
+        "", "a file of validation prompts, one per line (empty: a few of our own)"
+    )
     validate_every: int = option(
         500, "iterations between grids of the validation prompts (0: never)"
     )
@@ -162,11 +164,10 @@ class Settings:
     )
     skip_nonfinite: int = option(
         0,
-        "iterations whose loss or gradient may be infinite or no number; they are skipped and "
-        "counted",
+        "skip and count at most so many iterations whose loss or gradient is infinite or NaN",
     )
     max_bad_files: int = option(
-        1_000_000, "samples that may be unreadable; they are skipped and counted"
+        1_000_000, "skip and count at most so many samples that cannot be read"
     )
     tracker: str = option(
         "tensorboard", "tensorboard, wandb or none", ("tensorboard", "wandb", "none")

@@ -2,7 +2,7 @@
 python toy/ablate.py --dataset glyphs
 
 A finished cell (one row, one seed) is kept as a small file and not done again; what is stopped by
-Ctrl-C goes on from there. Writes OUT/ablation-DATASET.md and .png, and the cells, in
+Ctrl-C continues from there. Writes OUT/ablation-DATASET.md and .png, and the cells, in
 OUT/ablation-DATASET/. Two seeds can be run at once: --seeds 0 in one terminal, --seeds 1 in
 another.
 """

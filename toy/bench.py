@@ -376,7 +376,7 @@ def parse_arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(prog="toy/bench.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="default: cpu")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first available")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default 7)")
     parser.add_argument(

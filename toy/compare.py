@@ -7,7 +7,7 @@ rate, ADD's too, is the best of three on seed 0, by the geometric mean of its di
 shows other seeds.
 
 A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
-same command goes on, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
+same command continues, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and
 .png, and the cells, in OUT/compare-DATASET/. Once --seeds 0 has found the learning rates, two seeds
 can be run at once: --seeds 1 in one terminal, --seeds 2 in another.
 """

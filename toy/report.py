@@ -132,7 +132,7 @@ def explanation(results, guidances):
         f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, not the "
         "discriminator's network nor its architecture), "
         f"between {n} generated images and the {tests} test images. "
-        "It is not FID, and compares only within this report. "
+        "It is not FID and is comparable only within this report. "
         f"{n} real training images in the place of generated ones give the first row; "
         f"all of them give {results['floor']:.2f}. "
         f"Precision and recall: k-NN, k = 5, against {min(results['n'], results['test_images']):,} "

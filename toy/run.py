@@ -53,24 +53,25 @@ def parse_arguments(argv):
     """(arguments, {setting: value} of those given)."""
     parser = argparse.ArgumentParser(
         prog="toy/run.py",
+        usage="%(prog)s [--preset X] [--dataset X] [--out DIR] [--resume] [other flags]",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="cpu", help="default: cpu, on a GPU, too"
+        "--preset", choices=tuple(PRESETS), default="cpu", help="default: cpu, also on a GPU"
     )
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first available")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/DATASET-PRESET")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted run, with its settings"
+        "--resume", action="store_true", help="continue an interrupted run with its settings"
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument(
         "--max-minutes",
         type=float,
         default=0,
-        help="stop after so many minutes, saved as by Ctrl-C, with exit code 142; --resume goes on "
+        help="save and stop after this many minutes (exit code 142); continue with --resume "
         "(default: no limit)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -132,7 +133,7 @@ def refuse_unfinished(folder, stage, key):
     if state and state.get("key") == key and not state["finished"]:
         raise ValueError(
             f"--out {folder}: {stage} is unfinished, at step {state['step']}; "
-            f"--resume goes on with it, removing {folder / stage} starts it over"
+            f"--resume continues it, removing {folder / stage} starts it over"
         )
 
 
@@ -250,7 +251,7 @@ def run(arguments, given):
     return folder, results, preset
 
 
-def exit_code(program, work, debug=False, again="the same command goes on"):
+def exit_code(program, work, debug=False, again="the same command continues"):
     """Of work(), which is called here: 0 done, 2 it cannot be done (one line says why), 130 stopped
     by Ctrl-C, 143 by SIGTERM, 142 by --max-minutes, after saving (a second one: at once)."""
     stop_on_signals()
@@ -284,7 +285,7 @@ def main(argv=None):
             print(f"{'met   ' if met else 'missed'}  {what}: {value:.3f} (goal {goal})")
         print(f"\nreport and pictures: {folder / 'report.md'}")
 
-    again = "the same command with --resume goes on from the last checkpoint"
+    again = "the same command with --resume continues from the last checkpoint"
     return exit_code("toy/run.py", work, arguments.debug, again)
 
 

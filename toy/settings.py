@@ -37,13 +37,14 @@ class Settings:
         "mirror half of the training images: true, false, or auto: of CIFAR-10 alone",
         ("auto", "true", "false"),
     )
-    limit: int = option(0, "use only so many training and so many test images (0: all)")
+    limit: int = option(
+        0, "use at most this many training images and this many test images (0: all)"
+    )
     max_bad_files: int = option(
         0,
-        "of a folder: files that cannot be read and are left out, after a line about each; one "
-        "more is an error",
+        "unreadable files that a folder may contain; each is reported and left out",
     )
-    seed: int = option(0, "of every random draw", limits=(0, 2**31 - 1))
+    seed: int = option(0, "seed of all random numbers", limits=(0, 2**31 - 1))
     checkpoint_seconds: float = option(
         60.0, "time between checkpoints: what a crash costs at the most"
     )
@@ -58,15 +59,16 @@ class Settings:
     )
     skip_nonfinite: int = option(
         0,
-        "steps of a stage whose loss or gradient may be infinite or no number; they are skipped "
-        "and counted",
+        "skip and count at most so many steps of a stage whose loss or gradient is infinite or NaN",
     )
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
-    metric_width: int = option(32, "its channels at the finest resolution", limits=COUNT)
-    metric_depth: int = option(1, "its convolutions at each resolution", limits=COUNT)
+    metric_width: int = option(
+        32, "the metric network's channels at the finest resolution", limits=COUNT
+    )
+    metric_depth: int = option(1, "its convolutions per resolution", limits=COUNT)
     metric_augment: tuple[str, ...] = option(
-        (), "what its training images go through: color, translation, cutout", tuple(AUGMENTATIONS)
+        (), "augmentation of its training images: color, translation, cutout", tuple(AUGMENTATIONS)
     )
 
     teacher: str = option(
@@ -90,14 +92,14 @@ class Settings:
         "v", "what the U-Net predicts: v, epsilon or x_0", ("v", "epsilon", "x_0")
     )
     teacher_steps: int = option(950, "training steps of the teacher", limits=COUNT)
-    teacher_batch: int = option(128, "its batch size", limits=COUNT)
-    teacher_lr: float = option(1e-3, "its learning rate", limits=RATE)
+    teacher_batch: int = option(128, "the teacher's batch size", limits=COUNT)
+    teacher_lr: float = option(1e-3, "the teacher's learning rate", limits=RATE)
     teacher_ema: float = option(
-        18_000,
-        "images after which one counts half in the moving average of its weights",
-        limits=COUNT,
+        18_000, "half-life of the moving average of its weights, in images", limits=COUNT
     )
-    teacher_dropout: float = option(0.0, "dropout in its residual blocks", limits=(0, 0.99))
+    teacher_dropout: float = option(
+        0.0, "dropout in the teacher's residual blocks", limits=(0, 0.99)
+    )
     teacher_label_dropout: float = option(
         0.1, "share of labels dropped, for classifier-free guidance", limits=SHARE
     )
@@ -110,11 +112,11 @@ class Settings:
         FEATURES,
     )
     features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
-    features_width: int = option(96, "its channels", limits=COUNT)
+    features_width: int = option(96, "channels of F, a ViT", limits=COUNT)
     features_depth: int = option(
-        3, "its blocks; the heads read the patch embedding and every block", limits=COUNT
+        3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT
     )
-    features_steps: int = option(600, "its training steps", limits=COUNT)
+    features_steps: int = option(600, "training steps of F", limits=COUNT)
 
     distil_init: str = option(
         "pretrained",
@@ -128,12 +130,12 @@ class Settings:
         limits=COUNT,
     )
     distil_steps: int = option(2400, "ADD iterations", limits=COUNT)
-    distil_batch: int = option(32, "their batch size", limits=COUNT)
+    distil_batch: int = option(32, "batch size of ADD", limits=COUNT)
     distil_student_lr: float = option(1e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(4e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(
-        12_000, "images after which one counts half in the student's moving average", limits=COUNT
+        12_000, "half-life of the moving average of the student's weights, in images", limits=COUNT
     )
     distil_timesteps: tuple[int, ...] = option(
         (249, 499, 749, 999), "T_student; pure noise stands in for the last"
@@ -162,13 +164,12 @@ class Settings:
     )
     eval_guidances: tuple[float, ...] = option(
         (2.0, 3.0),
-        "the teacher's, of which the one that is best at --eval-search-steps is used",
+        "guidances to try for the teacher; the best at --eval-search-steps is used",
         limits=GUIDANCE,
     )
     eval_search_steps: int = option(
         0,
-        "DDIM steps at which the guidance is chosen, if there are several; at most, and for 0, the "
-        "last of --eval-steps",
+        "DDIM steps at which the guidance is chosen, at most the last of --eval-steps (0: that)",
         limits=(0, 1000),
     )
     eval_steps: tuple[int, ...] = option(
@@ -269,7 +270,7 @@ PRESETS = {
         distil_ema=40_000,
         eval_images=2000,
     ),
-    # For CIFAR-10 on two CPU cores; how long it takes there has not been measured.
+    # For CIFAR-10 on two CPU cores, where it has not run to its end (toy/README.md: an estimate).
     "cifar-cpu": dict(
         flip="true",
         metric_steps=8000,

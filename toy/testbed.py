@@ -33,8 +33,8 @@ FIGURES = ("fd", "precision", "recall", "accuracy")  # of the tables
 
 
 class Testbed:
-    """One data set and seed, at settings that run.resolve has seen. Each network lies in a folder
-    named by the settings that it depends on, so that cells with the same teacher share it."""
+    """One data set and seed; the settings have been through run.resolve. Each network lies in a
+    folder named by the settings that it depends on, so cells with the same teacher share it."""
 
     def __init__(self, folder, settings, device):
         self.settings, self.device = settings, device
@@ -85,8 +85,8 @@ class Testbed:
         return rows, seconds
 
     def check_teacher(self, cell, missing):
-        """ValueError if cells are missing whose teacher is not the one of its cell. It is trained
-        anew where --work lacks it, and comes out the same on the same machine alone."""
+        """ValueError if the missing cells would get another teacher than the stored one. Where
+        --work lacks the teacher it is trained again, and only the same machine reproduces it."""
         stage = self.stage("teacher", self.settings)
         if not missing or (stage.folder / "checkpoint.pt").exists():
             return
@@ -293,21 +293,25 @@ def make_parser(prog, description, seeds, only="", share=3):
         "--preset", choices=tuple(PRESETS), default="cpu", help="all other settings (default: cpu)"
     )
     parser.add_argument(
-        "--limit", type=int, default=0, help="use only so many training and so many test images"
+        "--limit", type=int, default=0, help="use at most so many training and so many test images"
     )
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that is there")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first available")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument(
         "--work",
         type=Path,
         default=Path("runs/testbed"),
-        help="folder of the networks (runs/testbed); two programs on one seed need one each",
+        help="folder of trained networks (default: runs/testbed); two programs on one seed need "
+        "one each",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder of tables and cells (results)"
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of pages and cells (default: results)",
     )
     parser.add_argument(
-        "--page", action="store_true", help="train nothing, describe the finished cells"
+        "--page", action="store_true", help="train nothing: write the page from the finished cells"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

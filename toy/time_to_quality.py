@@ -2,8 +2,8 @@
 8, 25 and 50: python toy/time_to_quality.py --dataset glyphs
 
 The clock stands still while the student is scored. A finished seed is kept as a small file and not
-done again; what is stopped by Ctrl-C goes on from there. Writes OUT/time-to-quality-DATASET.md and
-.png, and the files beside them.
+done again; what is stopped by Ctrl-C continues from there. Writes OUT/time-to-quality-DATASET.md
+and .png, and the files beside them.
 """
 
 import os

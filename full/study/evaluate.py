@@ -4,8 +4,8 @@ python full/evaluate.py --pipeline DIR --teacher sd21 --coco DIR --out DIR
 
 Every row of the table is an image for each of 5,000 captions of COCO2017: the teacher under
 DPM-Solver++ at 25 and 8 steps, the student at 1, 2 and 4. Writes evaluation.md, .json and .png, and
-the images as full/sample.py does: the same command goes on after an interruption, and full/vote.py
-can show them.
+the images as full/sample.py does. The same command continues after an interruption, and
+full/vote.py can show the images.
 """
 
 import argparse
@@ -274,7 +274,7 @@ def evaluate(evaluation):
 
 def main(argv=None):
     """Exit codes: 0 done, 2 a user's mistake (one line says which), 130 interrupted: the same
-    command goes on."""
+    command continues."""
     parser = argparse.ArgumentParser(
         prog="full/evaluate.py",
         description=__doc__,
@@ -289,7 +289,7 @@ def main(argv=None):
         evaluation = Evaluation(**given)
         result = evaluate(evaluation)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
         return 130
     except ValueError as error:
         if debug:

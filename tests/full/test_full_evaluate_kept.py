@@ -103,7 +103,7 @@ def test_an_interrupted_run_keeps_what_it_drew_and_no_half_image(
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", interrupted)
         assert evaluate.main(arguments(world, tmp_path)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     before = times(tmp_path)
     assert len(before) == 4
     run(world, tmp_path)

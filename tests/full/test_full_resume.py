@@ -60,7 +60,7 @@ def test_with_workers_a_resumed_run_reads_on_where_it_stopped(
 def test_a_run_that_is_there_is_not_written_over(checkpoints, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
     assert run.main(flags(checkpoints, out)) == 2
-    assert f"--out {out}: holds a run; --resume auto goes on with it" in capsys.readouterr().err
+    assert f"--out {out}: holds a run; --resume auto continues it" in capsys.readouterr().err
     train(
         checkpoints, out, "--resume", str(out / "checkpoints" / "step_0000004"), **FIVE
     )  # not the last: that one goes

@@ -291,7 +291,7 @@ def test_a_stopped_curve_goes_on_to_the_same_figures(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(time_to_quality, "prepare", prepare_to_stop)
     code, err = main_in_process(time_to_quality, flags, capsys)
-    assert code == 143 and "stopped by SIGTERM; the same command goes on" in err
+    assert code == 143 and "stopped by SIGTERM; the same command continues" in err
     assert not (folder / "curve-seed0.json").exists()
     monkeypatch.undo()
     assert main_in_process(time_to_quality, flags, capsys)[0] == 0

@@ -210,7 +210,7 @@ def test_an_unfinished_run_is_neither_gone_on_with_nor_thrown_away_unasked(
     write(path, read(path) | {"finished": False, "step": 3})
     code, err = main_in_process(run, [*TINY, "--out", folder], capsys)
     assert code == 2
-    assert "teacher is unfinished, at step 3; --resume goes on with it" in err.splitlines()[-1]
+    assert "teacher is unfinished, at step 3; --resume continues it" in err.splitlines()[-1]
     assert read(path)["step"] == 3
 
 
