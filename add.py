@@ -34,8 +34,9 @@ Departures from the paper, and choices where it is silent
        conditions of their generated partners.
     6. The paper gives no guidance of the teacher, optimisers, EMA or augmentation. NFSD with
        several teacher steps has no published form, and is refused.
-    7. Of T_student the paper gives N = 4 and τ_n = 1000; ours is evenly spaced. Each iteration
-       trains both sides; the heads see images from before the student's update.
+    7. Of T_student the paper gives N = 4 and τ_n = 1000; ours is evenly spaced. The teacher's t is
+       uniform over the schedule. Each iteration trains both sides; the heads see images from before
+       the student's update.
     8. Each further sampling step adds fresh noise; the paper does not say. The released models'
        demo keeps a part of the old noise, at t = 999, 899, 799, 699.
 """
@@ -153,7 +154,10 @@ class Denoiser(nn.Module):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction={prediction!r} is unknown; choose one of {PREDICTIONS}")
         if prediction == "epsilon" and schedule.has_zero_terminal_snr:
-            raise ValueError("prediction='epsilon' needs a schedule with alpha_T > 0: it divides")
+            raise ValueError(
+                "prediction='epsilon' divides by alpha_T, which is 0 in this schedule; keep the "
+                "original one, on which Student is fed pure noise at the last timestep all the same"
+            )
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.encode, self.decode, self.clip = encode, decode, clip
 
@@ -269,12 +273,14 @@ class CircularConv(nn.Conv1d):
     """Circular convolution over N of (C, B, N)."""
 
     def forward(self, x):
-        weight, right = self.weight, self.kernel_size[0] // 2
+        weight, right, n = self.weight, self.kernel_size[0] // 2, x.shape[-1]
         if not right:  # as one matrix product
             flat = torch.addmm(self.bias[:, None], weight[:, :, 0], x.flatten(1))
             return flat.view(-1, *x.shape[1:])
+        if n < right:  # pad goes round once at most
+            x = x.repeat(1, 1, math.ceil(right / n))
         x = functional.pad(x, (self.kernel_size[0] - 1 - right, right), mode="circular")
-        return functional.conv2d(x[None], weight[:, :, None], self.bias)[0]
+        return functional.conv2d(x[None], weight[:, :, None], self.bias)[0, ..., :n]
 
 
 class DiscriminatorHead(nn.Module):
@@ -444,7 +450,8 @@ class ADDConfig:
     shared_latents: bool = True  # False: the teacher's encoder reads x̂_θ's pixels (Table 1e)
 
     def __post_init__(self):
-        low, high = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
+        pair = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
+        low, high = pair if {type(x) for x in pair} <= {int, float} and len(pair) == 2 else (1, 0)
         steps, most = self.teacher_steps, 1 if self.weight == "nfsd" else 1000
         for name, allowed, rule in (
             ("weight", self.weight in WEIGHTS, f"one of {WEIGHTS}"),

@@ -224,9 +224,7 @@ def make_student_denoiser(backbone, latents, settings):
     """add.Denoiser around the trainable U-Net. An ε-network keeps its schedule, a v-network gets
     zero terminal SNR."""
     schedule = copy.deepcopy(backbone.schedule)
-    v = backbone.prediction == "v"
-    rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and v)
-    if rescale and not schedule.has_zero_terminal_snr:
+    if settings.rescales(backbone.prediction) and not schedule.has_zero_terminal_snr:
         schedule = schedule.zero_terminal_snr()
     network = UNet(backbone.load_student_unet(settings)).to(backbone.device)
     return Denoiser(network, schedule, backbone.prediction, latents.encode, latents.decode)

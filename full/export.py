@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 
 from common.origin import commit
+from full.backbones import PREDICTIONS
 from full.settings import LICENCES, as_table, torch_dtype
 
 
@@ -25,8 +26,7 @@ def make_scheduler(scheduler_config, settings):
         "trained_betas",
         "prediction_type",
     )
-    v = scheduler_config["prediction_type"] == "v_prediction"
-    rescale = settings.zero_snr == "true" or (settings.zero_snr == "auto" and v)
+    rescale = settings.rescales(PREDICTIONS[scheduler_config["prediction_type"]])
     return LCMScheduler(
         **{k: scheduler_config[k] for k in keys},
         original_inference_steps=len(settings.timesteps),

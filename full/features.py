@@ -66,7 +66,8 @@ class VisionTransformer(nn.Module):
         self.levels = [0] + [blocks * i // 4 for i in (1, 2, 3, 4)]
         self.width = config.hidden_size
         self.channels = [self.width] * len(self.levels)
-        mean, std = CLIP if config.model_type == "clip_vision_model" else IMAGENET
+        self.is_clip = config.model_type == "clip_vision_model"
+        mean, std = CLIP if self.is_clip else IMAGENET
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         # DINOv2 always interpolates its position embeddings, the others when asked to.
@@ -90,9 +91,10 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def summary(self, images):
         """The class token after the last norm, (B, C), scaled to mean square 1: c_img."""
-        return unit_scale(
-            self.network(self._prepare(images, 0.0), **self.options).last_hidden_state[:, 0].float()
-        )
+        output = self.network(self._prepare(images, 0.0), **self.options)
+        # CLIP's last state is not normed yet.
+        token = output.pooler_output if self.is_clip else output.last_hidden_state[:, 0]
+        return unit_scale(token.float())
 
 
 def encode(unet, x_t, t, cond):

@@ -180,9 +180,10 @@ class Parts:
             image_dim=self.image_features.width if self.image_features else 0,
             hidden=settings.head_width or None,
         )
-        if not settings.augment:
-            return Discriminator(self.features, heads)
-        return Discriminator(Augmented(self.features, settings.augment, self.generator), heads)
+        seen = self.features
+        if settings.augmentations:
+            seen = Augmented(seen, settings.augmentations, self.generator)
+        return Discriminator(seen, heads)
 
     def _make_config(self, shared):
         s = self.settings
@@ -190,7 +191,7 @@ class Parts:
             lambda_=s.lambda_,
             gamma=s.gamma,
             weight=s.weight,
-            guidance=s.guidance[0] if len(s.guidance) == 1 else s.guidance,
+            guidance=s.teacher_guidance,
             teacher_steps=s.teacher_steps,
             space=s.space,
             shared_latents=shared,

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common.checkpoints import be_deterministic, stop_on_signals, write_text
+from common.checkpoints import be_deterministic, one_line, stop_on_signals, write_text
 from common.flags import add_flags, from_dict
 from common.origin import commit
 from full.settings import Settings
@@ -157,7 +157,7 @@ def main(argv=None):
         )
         if arguments.debug or not mistakes:
             raise
-        print(f"full/run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"full/run.py: {one_line(error)}", file=sys.stderr)
         return 2
     if folder:
         print(

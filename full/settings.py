@@ -43,7 +43,7 @@ class Settings:
         ("pretrained", "random"),
     )
     timesteps: tuple[int, ...] = option(
-        (249, 499, 749, 999), "T_student; pure noise stands in for the last"
+        (249, 499, 749, 999), "T_student; pure noise stands in for the last", limits=(0, 999)
     )
     zero_snr: str = option(
         "auto",
@@ -181,6 +181,8 @@ class Settings:
         check_limits(self)
         if not self.timesteps:
             raise ValueError("--timesteps: empty; give at least one")
+        if list(self.timesteps) != sorted(set(self.timesteps)):
+            raise ValueError(f"--timesteps {show(self.timesteps)}: must rise strictly")
         if self.resolution % 8:
             raise ValueError(
                 f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE"
@@ -190,14 +192,37 @@ class Settings:
                 f"--lora-rank {self.lora_rank}: not with --init random, whose weights are in no "
                 "checkpoint to add the adapter to"
             )
-        if not self.guidance:  # NFSD's own: Katzir et al. 2023
-            object.__setattr__(self, "guidance", (7.5,) if self.weight == "nfsd" else (1.0,))
-        if self.features == "teacher":  # which reads latents, and adds noise of its own
-            object.__setattr__(self, "augment", ())
-        if len(self.guidance) not in (1, 2):
+        if len(self.guidance) > 2 or list(self.guidance) != sorted(self.guidance):
             raise ValueError(
-                f"--guidance {show(self.guidance)}: one number, or two with a comma to draw between"
+                f"--guidance {show(self.guidance)}: must be one number, or two rising ones to draw "
+                "between"
             )
+        if self.weight == "nfsd" and self.teacher_steps != 1:
+            raise ValueError(f"--teacher-steps {self.teacher_steps}: must be 1 with --weight nfsd")
+
+    # What the networks of the run get ----------------------------------------------------------
+
+    @property
+    def teacher_guidance(self):
+        """A number, or a pair to draw between; without --guidance NFSD's own (Katzir et al. 2023),
+        or none."""
+        if not self.guidance:
+            return 7.5 if self.weight == "nfsd" else 1.0
+        return self.guidance if len(self.guidance) == 2 else self.guidance[0]
+
+    @property
+    def augmentations(self):
+        """DiffAugment's; none for the teacher's encoder, which reads latents and adds noise."""
+        return () if self.features == "teacher" else self.augment
+
+    def rescales(self, prediction):
+        """Whether the student of such a U-Net gets zero terminal SNR. ValueError if it cannot."""
+        if self.zero_snr == "true" and prediction == "epsilon":
+            raise ValueError(
+                f"--zero-snr true: {self.backbone} predicts epsilon, whose x_0 is singular there; "
+                "take auto"
+            )
+        return self.zero_snr == "true" or (self.zero_snr == "auto" and prediction == "v")
 
 
 def torch_dtype(name):

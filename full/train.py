@@ -32,7 +32,7 @@ class Trainer(Parts):
         batch = Batch(images, self.backbone.with_sizes(self.backbone.text(captions), sizes))
         if teacher is not self.backbone:
             batch.teacher_cond = teacher.with_sizes(teacher.text(captions), sizes)
-        if self.settings.guidance != (1.0,) or self.settings.weight == "nfsd":
+        if self.settings.teacher_guidance != 1 or self.settings.weight == "nfsd":
             batch.null_cond = teacher.with_sizes(repeat(teacher.null(1), n), sizes)
         if self.settings.weight == "nfsd":
             negative = repeat(teacher.text([NFSD_NEGATIVE]), n)

@@ -87,7 +87,8 @@ GROUPS = {
             # Adam's step does not depend on the scale of a loss.
             Row("distillation", "distillation alone (λ = 10⁶)", dict(distil_lambda=1e6)),
             Row("sds", "both, c(t) of SDS", dict(distil_weight="sds")),
-            Row("nfsd", "both, c(t) of NFSD", dict(distil_weight="nfsd")),
+            # Its guidance is its paper's (Katzir et al. 2023).
+            Row("nfsd", "both, NFSD", dict(distil_weight="nfsd", distil_guidance=7.5)),
         ],
     ),
     "e": (

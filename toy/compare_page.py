@@ -173,9 +173,14 @@ def gaps(tried, found, seeds):
 
 def write_page(out, cells, base, arguments, command):
     """OUT.md and OUT.png from whatever cells there are, of all seeds but the one that chose the
-    learning rates, unless it is the only one. ValueError if there are none."""
+    learning rates, unless it is the only one. ValueError if there are none of ADD."""
     methods, teachers = wanted_methods(arguments.only), cells.teachers(base)
     tried = {method.name: tuning_cells(cells, method, base) for method in methods}
+    if not any(tried[ADD.name].values()):
+        raise ValueError(
+            f"--out: {cells.folder} has no training of ADD at these settings; leave out --page, or "
+            "name another folder"
+        )
     rates = {name: best_rate(by_rate) for name, by_rate in tried.items()}
     seeds = [seed for seed in teachers if seed != TUNING_SEED] or [TUNING_SEED]
     found = {method.name: {} for method in methods}

@@ -46,7 +46,13 @@ METHODS = {
             "adversarial only, random start",
             (1,),
             (1e-4, 3e-4, 1e-3),
-            settings=dict(distil_lambda=0.0, distil_init="random"),
+            # It is scored in one step, so it is trained on pure noise alone, where c_img is zero.
+            settings=dict(
+                distil_lambda=0.0,
+                distil_init="random",
+                distil_timesteps=(999,),
+                distil_c_img=False,
+            ),
         ),
         rival_method("consistency", Consistency),
         rival_method("dmd2", DMD2),

@@ -77,8 +77,8 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser's network f(x_t, t, label): class-conditional, two to four resolutions,
-    attention at the lowest.
+    """The denoiser's network f(x_t, t, label): class-conditional, with a resolution for each of
+    widths, attention at the lowest.
 
     x_t (B, channels, H, W) in about [-1, 1], t (B,) integer timesteps, label (B,) in 0…classes,
     where `classes` itself is the empty condition ∅ of classifier-free guidance. Returns a tensor of

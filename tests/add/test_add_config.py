@@ -41,6 +41,8 @@ ERRORS = {  # what is done wrong → what the message must say
     "guidance that falls": (config(guidance=(4.0, 2.0)), ["guidance=(4.0, 2.0)", "a rising pair"]),
     "guidance nan": (config(guidance=math.nan), ["guidance=nan", "a number"]),
     "guidance inf": (config(guidance=(1.0, math.inf)), ["guidance=(1.0, inf)", "a number"]),
+    "guidance list": (config(guidance=[1.0, 2.0]), ["guidance=[1.0, 2.0]", "a rising pair"]),
+    "guidance of three": (config(guidance=(1.0, 2.0, 3.0)), ["guidance=(1.0, 2", "a rising pair"]),
     "no teacher_steps": (config(teacher_steps=0), ["teacher_steps=0", "from 1 to 1000"]),
     "teacher_steps 1.5": (config(teacher_steps=1.5), ["teacher_steps=1.5", "from 1 to 1000"]),
     "teacher_steps 1.0": (config(teacher_steps=1.0), ["teacher_steps=1.0", "from 1 to 1000"]),

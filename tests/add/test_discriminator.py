@@ -95,6 +95,14 @@ def test_circular_convolution_is_torchs(kernel):
     torch.testing.assert_close(ours(x), theirs(x.transpose(0, 1)).transpose(0, 1))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_a_map_shorter_than_the_convolutions_reach_goes_round_more_than_once(n):
+    conv, x = CircularConv(3, 2, 9).double(), randn(3, 5, n)
+    shifts = [x.roll(4 - j, dims=2) for j in range(9)]  # tap j sees the token 4 - j places before
+    expected = sum(torch.einsum("oc,cbn->obn", conv.weight[:, :, j], shifts[j]) for j in range(9))
+    torch.testing.assert_close(conv(x), expected + conv.bias[:, None, None])
+
+
 # --- heads ----------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,14 @@ MISTAKES = {
     ),
     "random LoRA": ({"init": "random", "lora_rank": 4}, ["--lora-rank 4", "--init random"]),
     "resolution": ({"resolution": 60}, ["--resolution 60", "multiple of 8"]),
+    "timesteps that fall": ({"timesteps": "999,499"}, ["--timesteps 999,499", "rise"]),
+    "a timestep too late": ({"timesteps": "499,1000"}, ["--timesteps 499,1000", "999"]),
+    "guidance that falls": ({"guidance": "3,1"}, ["--guidance 3.0,1.0", "rising"]),
+    "steps of nfsd": (
+        {"weight": "nfsd", "teacher_steps": 2},
+        ["--teacher-steps 2", "--weight nfsd"],
+    ),
+    "zero SNR of ε": ({"zero_snr": "true"}, ["--zero-snr true", "epsilon", "auto"]),
     "features size": ({"features_size": 30}, ["--features-size 30", "14"]),
     "resume": ({"--resume": "/nowhere"}, ["--resume /nowhere"]),
 }

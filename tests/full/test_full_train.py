@@ -1,6 +1,7 @@
 """full/run.py on tiny checkpoints, through the real loading code: every backbone, mixed pairs,
 LoRA, resume, and the saved pipeline against add.py's own sampler."""
 
+import dataclasses
 import json
 import shutil
 import tarfile
@@ -12,7 +13,7 @@ from full_runs import log_of, losses_of, train, weights
 
 from add import Student
 from common.flags import from_dict
-from full import sample
+from full import run, sample
 from full.backbones import Backbone, make_student_denoiser
 from full.settings import Settings
 from full.train import Trainer
@@ -258,11 +259,24 @@ def test_bf16_survives_checkpoints_and_resume(checkpoints, tmp_path, monkeypatch
 
 
 def test_the_teacher_of_nfsd_has_the_guidance_of_its_paper():
-    assert (
-        Settings().guidance,
-        Settings(weight="nfsd").guidance,
-        Settings(weight="nfsd", guidance=(3.0,)).guidance,
-    ) == ((1.0,), (7.5,), (3.0,))
+    asked = (
+        Settings(),
+        Settings(weight="nfsd"),
+        Settings(weight="nfsd", guidance=(3.0,)),
+        Settings(guidance=(2.0, 3.0)),
+    )
+    assert [s.teacher_guidance for s in asked] == [1.0, 7.5, 3.0, (2.0, 3.0)]
+
+
+def test_a_resumed_run_with_another_weight_has_that_weights_guidance(tmp_path):
+    """What follows from other settings is not stored as if it had been given."""
+    kept = dataclasses.asdict(Settings(weight="nfsd", features="teacher"))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": kept}))
+    argv = ["--out", str(tmp_path), "--resume", "auto"]
+    argv += ["--weight", "exponential", "--features", "dino-s"]
+    settings = run.configure(*run.parse_arguments(argv))
+    assert settings.teacher_guidance == 1.0
+    assert settings.augmentations == ("color", "translation", "cutout")
 
 
 @pytest.mark.parametrize("kind", ["shards", "hugging face"])

@@ -217,6 +217,9 @@ def test_the_page_hides_the_tuning_seed_and_names_what_is_missing(tmp_path):
 
     with pytest.raises(ValueError, match="no cells of these settings; leave out --page"):
         page()
+    cells.write("teacher", base, BED, [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")], 0)
+    with pytest.raises(ValueError, match="no training of ADD at these settings; leave out --page"):
+        page()
     for seed in (0, 1, 2):
         mine = dataclasses.replace(base, seed=seed)
         cells.write("teacher", mine, BED, [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")], 0)
