@@ -4,6 +4,7 @@ add.Denoiser. No method here."""
 import copy
 import os
 import pickle
+from functools import cached_property
 
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -29,6 +30,13 @@ LOAD_ERRORS = (
     EOFError,
     pickle.UnpicklingError,
 )
+
+
+def repeat(cond, n):
+    """A condition of one sample, for n."""
+    if isinstance(cond, dict):
+        return {k: repeat(c, n) for k, c in cond.items()}
+    return cond.expand(n, *cond.shape[1:])
 
 
 class BackboneError(ValueError):
@@ -146,10 +154,20 @@ class Backbone:
         cond = {"encoder_hidden_states": embeds}
         return cond | {"added_cond_kwargs": {"text_embeds": pooled[0]}} if self.is_xl else cond
 
+    def repeated(self, prompt, n):
+        """text() of one prompt for n samples. It is encoded once, and kept."""
+        if prompt not in self._encoded:
+            self._encoded[prompt] = self.text([prompt])
+        return repeat(self._encoded[prompt], n)
+
+    @cached_property
+    def _encoded(self):
+        return {}
+
     def null(self, n):
         """∅ for n samples, as the pipeline's guidance has it: SDXL takes zeros, the others the
         empty prompt."""
-        cond = self.text([""] * n)
+        cond = self.repeated("", n)
         if self.is_xl and self.pipe.config.force_zeros_for_empty_prompt:
             added = cond["added_cond_kwargs"]
             cond["encoder_hidden_states"] = torch.zeros_like(cond["encoder_hidden_states"])

@@ -51,13 +51,6 @@ def make_accelerator(settings, folder):
     return accelerator
 
 
-def repeat(cond, n):
-    """A condition of one sample, for n."""
-    if isinstance(cond, dict):
-        return {k: repeat(c, n) for k, c in cond.items()}
-    return cond.expand(n, *cond.shape[1:])
-
-
 class Ema:
     """Moving average of the trainable parameters, shards included. decay 0: the parameters
     themselves."""
@@ -149,7 +142,7 @@ class Parts:
         """∅ for n samples, for the teacher, with the sizes of an uncropped image."""
         size = self.settings.resolution
         sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1)
-        return self.teacher_backbone.with_sizes(repeat(self.teacher_backbone.null(1), n), sizes)
+        return self.teacher_backbone.with_sizes(self.teacher_backbone.null(n), sizes)
 
     def _make_features(self, dtype, teacher):
         settings = self.settings

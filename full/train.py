@@ -13,7 +13,7 @@ from add import Batch
 from common.checkpoints import Stopped, peak_memory, postponed_signals
 from common.health import heads_log, student_log, watch
 from full import checkpoint, data, export, pictures
-from full.parts import Parts, TrainingError, repeat
+from full.parts import Parts, TrainingError
 from full.settings import NFSD_NEGATIVE
 
 REMEMBERED = 200  # iterations of which the log says who has won
@@ -33,10 +33,9 @@ class Trainer(Parts):
         if teacher is not self.backbone:
             batch.teacher_cond = teacher.with_sizes(teacher.text(captions), sizes)
         if self.settings.teacher_guidance != 1 or self.settings.weight == "nfsd":
-            batch.null_cond = teacher.with_sizes(repeat(teacher.null(1), n), sizes)
+            batch.null_cond = teacher.with_sizes(teacher.null(n), sizes)
         if self.settings.weight == "nfsd":
-            negative = repeat(teacher.text([NFSD_NEGATIVE]), n)
-            batch.negative_cond = teacher.with_sizes(negative, sizes)
+            batch.negative_cond = teacher.with_sizes(teacher.repeated(NFSD_NEGATIVE, n), sizes)
         batch.c_text = self.text_features(captions) if self.text_features else None
         batch.c_img = self.image_features.summary(images) if self.image_features else None
         return batch

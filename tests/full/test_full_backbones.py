@@ -104,9 +104,7 @@ def test_zero_terminal_snr_is_diffusers_rescaling_for_v_alone(backbone):
     else:
         torch.testing.assert_close(student.schedule.alpha, backbone.schedule.alpha, rtol=0, atol=0)
         assert student.schedule.alpha[-1].item() == pytest.approx(0.06826491, rel=1e-5)
-        with pytest.raises(
-            ValueError, match="prediction='epsilon' needs a schedule with alpha_T > 0"
-        ):
+        with pytest.raises(ValueError, match="--zero-snr true: .* predicts epsilon"):
             make_student_denoiser(
                 backbone,
                 backbone.load_latents(SETTINGS),
@@ -141,6 +139,16 @@ def test_conditions_are_the_pipelines_own(backbone):
         assert time_ids.tolist() == [[80, 72, 3, 4, 64, 64]]
     else:
         assert torch.equal(null[:1], backbone.text([""])["encoder_hidden_states"])
+
+
+def test_a_prompt_that_stays_the_same_is_encoded_once(backbone, monkeypatch):
+    calls, text = [], backbone.text
+    monkeypatch.setattr(backbone, "text", lambda prompts: calls.append(prompts) or text(prompts))
+    for n in (1, 3):
+        given = backbone.repeated("a red fox", n)["encoder_hidden_states"]
+        expected = text(["a red fox"] * n)["encoder_hidden_states"]
+        torch.testing.assert_close(given, expected)
+    assert calls == [["a red fox"]]
 
 
 def test_latents_are_the_vaes_scaled_mean(backbone):
