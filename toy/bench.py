@@ -25,7 +25,7 @@ from common import markdown, timing
 from common.meter import least_seconds, measure
 from common.origin import commit, machine
 from toy.data import Dataset, to_float
-from toy.distil import make_batch, prepare
+from toy.distil import Distillation, make_batch
 from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import Stage
@@ -59,8 +59,8 @@ class Bench:
         self.teacher.eval().requires_grad_(False)
         self.features = TeacherEncoder(self.teacher, seed=0)
         stage = Stage(None, data, settings, device, key="")
-        self.student, self.parts, step = prepare(stage, self.teacher, self.features)
-        self.step = partial(step, 0)
+        self.training = Distillation(stage, self.teacher, self.features)
+        self.student, self.step = self.training.student, partial(self.training.step, 0)
         self.x_0 = to_float(images[:batch]).to(device)
         self.labels = labels[:batch].to(device)
         self.t = torch.full((batch,), 500, device=device)
@@ -77,7 +77,7 @@ class Bench:
 
     def pieces(self):
         """{name: function} of the floor: what an iteration cannot do without."""
-        settings, heads, features = self.settings, self.parts["heads"], self.features
+        settings, heads, features = self.settings, self.training.heads, self.features
         network, x, labels, t = self.student.denoiser.network, self.x_0, self.labels, self.t
         batch = make_batch(x, labels, features, CLASSES, settings)
         conditions = (batch.c_text, batch.c_img)
@@ -121,8 +121,8 @@ class Bench:
             (hinge.mean() + settings.distil_gamma * r1(real, inputs).mean()).backward()
 
         def optimizers():
-            self.parts["student_optimizer"].step()
-            self.parts["heads_optimizer"].step()
+            self.training.student_optimizer.step()
+            self.training.heads_optimizer.step()
 
         self.step()  # gives every parameter a gradient
         pieces = {
@@ -136,7 +136,7 @@ class Bench:
         }
         replay = recorded(self.device, [self.features.generator], [heads])
         pieces = {name: replay(function) for name, function in pieces.items()}
-        average = partial(self.parts["ema"].update_parameters, network)
+        average = partial(self.training.ema.update_parameters, network)
         return pieces | {"optimisers": optimizers, "moving average": average}
 
     def naive(self):
@@ -144,7 +144,7 @@ class Bench:
         heads' half, F sees its images twice, and R1 goes through F to the pixels. The moving
         average is updated parameter by parameter, each logged value is read separately, and no
         CUDA graph is used."""
-        settings, heads, features = self.settings, copy.deepcopy(self.parts["heads"]), self.features
+        settings, heads, features = self.settings, copy.deepcopy(self.training.heads), self.features
         student = copy.deepcopy(self.student)
         network, teacher = student.denoiser.network, self.teacher
         average = copy.deepcopy(network)
@@ -362,7 +362,7 @@ def processes(bench, repeats):
 def memory(bench, repeats):
     """The tensors that live at once, of each piece and of the ADD step."""
     peaks = {name: counts[1] for name, counts in bench.counted.items()}
-    parameters = (*bench.student.parameters(), *bench.parts["heads"].parameters())
+    parameters = (*bench.student.parameters(), *bench.training.heads.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     rows = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]
     rows.append(["for scale: the weights that are trained", f"{size / 2**20:.1f}"])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from add import ddim
 from common import timing
 from toy.compare_page import write_page
-from toy.distil import prepare
+from toy.distil import Distillation
 from toy.loop import NotFinite, run_loop
 from toy.methods import (
     METHODS,
@@ -113,7 +113,7 @@ def train_and_score_rival(bed, method, lr, guidance):
     stage = dataclasses.replace(bed.stage("distil", base), folder=folder)
 
     def step_of_add():
-        return prepare(*bed.ingredients(base))[2]
+        return Distillation(*bed.ingredients(base)).step
 
     try:
         training, seconds, steps = train_rival(

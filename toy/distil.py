@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from functools import partial
 
 import torch
 from torch import nn
@@ -90,84 +89,102 @@ def make_batch(images, labels, features, classes, settings):
     return Batch(images, labels, null_cond=null, negative_cond=null, c_text=c_text, c_img=c_img)
 
 
-def prepare(stage, teacher, features, second=None):
-    """(student, parts, step) for run_loop: the networks, optimisers and draws of a training, and
-    its step. features: F, or None for the teacher's encoder; second: see make_student."""
-    data, settings, device = stage.data, stage.settings, stage.device
-    features = features or TeacherEncoder(teacher, settings.seed_of("features"))
-    classes, steps = len(data.classes), settings.distil_steps
-    student = make_student(teacher, settings, second)
-    generator = torch.Generator(device).manual_seed(settings.seed_of("distil"))
-    add = build_add(student, teacher, features, classes, settings, device, generator)
-    network, heads = student.denoiser.network, add.discriminator.heads
-    ema = make_ema(network, settings.distil_batch, settings.distil_ema)
-    adam = partial(torch.optim.Adam, betas=(settings.distil_beta1, 0.99), fused=True)
-    student_optimizer = adam(network.parameters(), settings.distil_student_lr)
-    heads_optimizer = adam(heads.parameters(), settings.distil_heads_lr)
-    lr = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
-        for optimizer in (student_optimizer, heads_optimizer)
-    ]
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
-    flip = settings.flip == "true"
-    batches = Batches(images, labels, settings.distil_batch, settings.seed_of("distil"), flip)
-    generators = [g for g in (generator, getattr(features, "generator", None)) if g is not None]
+class Distillation:
+    """An ADD training: `step` is one iteration for run_loop, `student` is what it trains, and
+    `parts` are what a checkpoint keeps.
 
-    # ADD.step in its two halves, each of which a GPU records.
-    @recorded(device, generators, modules=[heads])
-    def student_half(images, labels):
-        half = add.student_half(make_batch(images, labels, features, classes, settings), generator)
+    features: F, or None for the teacher's encoder; second: see make_student.
+    """
+
+    def __init__(self, stage, teacher, features, second=None):
+        data, settings, device = stage.data, stage.settings, stage.device
+        seed = settings.seed_of("distil")
+        torch.manual_seed(seed)
+        self.settings, self.classes, self.T = settings, len(data.classes), len(teacher.schedule)
+        self.features = features or TeacherEncoder(teacher, settings.seed_of("features"))
+        self.student = make_student(teacher, settings, second)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.add = build_add(
+            self.student, teacher, self.features, self.classes, settings, device, self.generator
+        )
+        self.network, self.heads = self.student.denoiser.network, self.add.discriminator.heads
+        self.ema = make_ema(self.network, settings.distil_batch, settings.distil_ema)
+        rates = settings.distil_student_lr, settings.distil_heads_lr
+        self.student_optimizer, self.student_lr = self._adam(self.network, rates[0])
+        self.heads_optimizer, self.heads_lr = self._adam(self.heads, rates[1])
+        images, labels = data.train_images.to(device), data.train_labels.to(device)
+        flip = settings.flip == "true"
+        self.batches = Batches(images, labels, settings.distil_batch, seed, flip)
+        # ADD.step in its two halves, each of which a GPU records.
+        own = getattr(self.features, "generator", None)  # an F that diffuses what it sees has one
+        generators = [g for g in (self.generator, own) if g is not None]
+        record = recorded(device, generators, modules=[self.heads])
+        self.student_half = record(self._student_half)
+        self.discriminator_half = record(self._discriminator_half)
+
+    def _adam(self, network, lr):
+        """(Adam, the schedule of its learning rate)."""
+        betas, steps = (self.settings.distil_beta1, 0.99), self.settings.distil_steps
+        optimizer = torch.optim.Adam(network.parameters(), lr, betas, fused=True)
+        factor = torch.optim.lr_scheduler.LambdaLR
+        return optimizer, factor(optimizer, lambda i: warm_up_then_decay(i, steps))
+
+    def _student_half(self, images, labels):
+        batch = make_batch(images, labels, self.features, self.classes, self.settings)
+        half = self.add.student_half(batch, self.generator)
         gradients = watch(half)
-        norm = backward(half.loss, student_optimizer)
+        norm = backward(half.loss, self.student_optimizer)
         log = {"student_loss": half.loss, "gradient_student": norm}
-        return half, log | student_log(half, len(teacher.schedule)) | gradients
+        return half, log | student_log(half, self.T) | gradients
 
-    @recorded(device, generators, modules=[heads])
-    def discriminator_half(student):
-        half = add.discriminator_half(student)
-        norm, log = backward(half.loss, heads_optimizer), heads_log(half)
+    def _discriminator_half(self, student):
+        half = self.add.discriminator_half(student)
+        norm, log = backward(half.loss, self.heads_optimizer), heads_log(half)
         return log | {
             "discriminator_loss": half.loss,
             "gradient_heads": norm,
-            "hinge_per_head": log["hinge"] / len(heads),
+            "hinge_per_head": log["hinge"] / len(self.heads),
         }
 
-    def step(i):
-        half, log = student_half(*next(batches))
-        update(student_optimizer, "student", log["student_loss"], log["gradient_student"])
-        other = discriminator_half(half)
+    def step(self, i):
+        """One iteration; its log."""
+        half, log = self.student_half(*next(self.batches))
+        update(self.student_optimizer, "student", log["student_loss"], log["gradient_student"])
+        other = self.discriminator_half(half)
         loss, norm = other["discriminator_loss"], other["gradient_heads"]
-        update(heads_optimizer, "discriminator", loss, norm)
-        ema.update_parameters(network)
-        for schedule in lr:
-            schedule.step()
+        update(self.heads_optimizer, "discriminator", loss, norm)
+        self.ema.update_parameters(self.network)
+        self.student_lr.step()
+        self.heads_lr.step()
         return log | other
 
-    parts = {
-        "student": network,
-        "ema": ema,
-        "heads": heads,
-        "student_optimizer": student_optimizer,
-        "heads_optimizer": heads_optimizer,
-        "student_lr": lr[0],
-        "heads_lr": lr[1],
-        "batches": batches,
-        "generator": GeneratorState(generator),
-    }
-    if hasattr(features, "generator"):  # F that diffuses what it sees
-        parts["features_generator"] = GeneratorState(features.generator)
-    return student, parts, step
+    @property
+    def parts(self):
+        """{name: what has a state_dict}."""
+        parts = {
+            "student": self.network,
+            "ema": self.ema,
+            "heads": self.heads,
+            "student_optimizer": self.student_optimizer,
+            "heads_optimizer": self.heads_optimizer,
+            "student_lr": self.student_lr,
+            "heads_lr": self.heads_lr,
+            "batches": self.batches,
+            "generator": GeneratorState(self.generator),
+        }
+        if hasattr(self.features, "generator"):
+            parts["features_generator"] = GeneratorState(self.features.generator)
+        return parts
 
 
 def distil(stage, teacher, features, second=None):
     """(student with the EMA weights, seconds); also writes folder/student.pt, all that
-    toy/sample.py needs. features, second: see prepare."""
+    toy/sample.py needs. features, second: see Distillation."""
     data, settings = stage.data, stage.settings
-    torch.manual_seed(settings.seed_of("distil"))
-    student, parts, step = prepare(stage, teacher, features, second)
-    seconds = run_loop(stage, "ADD", parts, step, settings.distil_steps)
-    network = student.denoiser.network
-    network.load_state_dict(parts["ema"].module.state_dict())
+    training = Distillation(stage, teacher, features, second)
+    seconds = run_loop(stage, "ADD", training.parts, training.step, settings.distil_steps)
+    student, network = training.student, training.network
+    network.load_state_dict(training.ema.module.state_dict())
     state = {
         "settings": dataclasses.asdict(settings),
         "classes": list(data.classes) if settings.conditional else ["any"],

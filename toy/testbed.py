@@ -62,7 +62,7 @@ class Testbed:
         return make_teacher(self.stage("teacher", settings))[0]
 
     def ingredients(self, settings):
-        """What distil() and prepare() take for the ADD training of these settings."""
+        """What Distillation and distil() take for the ADD training of these settings."""
         teacher, other = self.teacher(settings), settings.for_second_teacher
         second = self.teacher(other) if other else None
         features, _ = make_features(self.stage("features", settings))

@@ -16,12 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import markdown, timing
 from common.checkpoints import write_text
-from toy.distil import prepare
+from toy.distil import Distillation
 from toy.loop import run_loop
 from toy.testbed import (
     Testbed,
@@ -59,14 +57,14 @@ def train(bed, every):
     # Not the folder of the same training without scores: neither can resume the other.
     folder = stage.folder.with_name(f"curve-{every}-{stage.key}")
     stage = dataclasses.replace(stage, folder=folder)
-    torch.manual_seed(stage.settings.seed_of("distil"))
-    student, parts, add_step = prepare(stage, teacher, features, second)
-    average, curve, steps = copy.deepcopy(student).eval(), Curve(), stage.settings.distil_steps
-    average.denoiser.network = parts["ema"].module.eval()
+    training = Distillation(stage, teacher, features, second)
+    average, curve = copy.deepcopy(training.student).eval(), Curve()
+    average.denoiser.network = training.ema.module.eval()
+    steps = stage.settings.distil_steps
 
     def step(i):
         began = time.perf_counter()
-        log = add_step(i)
+        log = training.step(i)
         timing.synchronize(stage.device)
         curve.seconds += time.perf_counter() - began
         done = i + 1
@@ -75,7 +73,7 @@ def train(bed, every):
             curve.rows.append({"iteration": done, "seconds": curve.seconds} | row)
         return log
 
-    run_loop(stage, "ADD", parts | {"curve": curve}, step, steps)
+    run_loop(stage, "ADD", training.parts | {"curve": curve}, step, steps)
     return curve, stage
 
 

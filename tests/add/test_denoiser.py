@@ -201,7 +201,7 @@ ERRORS = {  # what is done wrong → what the message must say
     "prediction": (lambda: tiny("eps"), ["prediction='eps'", "'epsilon'", "'v'", "'x_0'"]),
     "ε at zero terminal SNR": (
         lambda: Denoiser(TinyNet(), sd_schedule().zero_terminal_snr(), "epsilon"),
-        ["prediction='epsilon'", "alpha_T > 0", "divides"],
+        ["prediction='epsilon'", "alpha_T, which is 0", "pure noise"],
     ),
     "guidance without null_cond": (
         lambda: tiny()(images(), torch.tensor([1, 2, 3, 4]), conditions(), 2.5),

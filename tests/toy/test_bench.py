@@ -49,7 +49,7 @@ def test_the_naive_iteration_has_the_losses_of_add():
     ours = bench.Bench(settings, torch.device("cpu"))
     student, features = copy.deepcopy(ours.student), ours.features
     add = build_add(student, ours.teacher, features, 10, settings, ours.device)
-    add.discriminator.heads.load_state_dict(ours.parts["heads"].state_dict())
+    add.discriminator.heads.load_state_dict(ours.training.heads.state_dict())
     before = features.generator.get_state()
     adversarial, distillation, *_ = ours.naive()()
     features.generator.set_state(before)

@@ -14,7 +14,7 @@ from toy_runs import TINY, call, main_in_process, stage_at
 
 from toy import ablate, testbed, time_to_quality
 from toy.demo import load_teacher, make_draw
-from toy.distil import load_student
+from toy.distil import Distillation, load_student
 from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import Cells, difference, mean_and_spread, quotient, sources, verdict
@@ -277,19 +277,14 @@ def test_a_stopped_curve_goes_on_to_the_same_figures(tmp_path, capsys, monkeypat
     assert last["fd"] == cell["rows"][-1]["fd"] != cell["rows"][-2]["fd"]
     (folder / "curve-seed0.json").unlink()
     stopped = iter([False] * 3 + [True])
-    prepare = time_to_quality.prepare
+    step = Distillation.step
 
-    def prepare_to_stop(*given):
-        student, parts, step = prepare(*given)
+    def stopping(self, i):
+        if next(stopped):
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, i)
 
-        def stopping(i):
-            if next(stopped):
-                signal.raise_signal(signal.SIGTERM)
-            return step(i)
-
-        return student, parts, stopping
-
-    monkeypatch.setattr(time_to_quality, "prepare", prepare_to_stop)
+    monkeypatch.setattr(Distillation, "step", stopping)
     code, err = main_in_process(time_to_quality, flags, capsys)
     assert code == 143 and "stopped by SIGTERM; the same command continues" in err
     assert not (folder / "curve-seed0.json").exists()
