@@ -226,23 +226,31 @@ def log_ratios(x, y):
 def quotient(x, y):
     """Geometric mean of x / y over the seeds that both {seed: figure > 0} have, and its 95 %
     interval; bold if 1 lies outside of that. A table's cell."""
-    ratios = log_ratios(x, y)
-    if len(ratios) < 2:
-        return f"{math.exp(ratios[0]):.2f}" if ratios else ""
-    mean, noise = mean_and_noise(ratios)
-    middle, low, high = (math.exp(value) for value in (mean, mean - noise, mean + noise))
-    text = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-    return f"**{text}**" if abs(mean) > noise else text
+    exp = math.exp
+    return bold_beyond_noise(
+        log_ratios(x, y),
+        lambda ratio: f"{exp(ratio):.2f}",
+        lambda mean, noise: f"{exp(mean):.2f} ({exp(mean - noise):.2f} to {exp(mean + noise):.2f})",
+    )
 
 
 def difference(x, y):
     """Mean of x - y over the seeds that both {seed: figure} have, and its noise; bold if it is
     larger than that. A table's cell."""
-    pairs = [x[seed] - y[seed] for seed in x.keys() & y.keys()]
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.2f}" if pairs else ""
-    mean, noise = mean_and_noise(pairs)
-    text = f"{mean:+.2f} ± {noise:.2f}"
+    return bold_beyond_noise(
+        [x[seed] - y[seed] for seed in x.keys() & y.keys()],
+        lambda change: f"{change:+.2f}",
+        lambda mean, noise: f"{mean:+.2f} ± {noise:.2f}",
+    )
+
+
+def bold_beyond_noise(values, show_one, show_mean):
+    """A table's cell: show_one(the only value), or show_mean(mean, noise), bold where the mean is
+    larger than its noise."""
+    if len(values) < 2:
+        return show_one(values[0]) if values else ""
+    mean, noise = mean_and_noise(values)
+    text = show_mean(mean, noise)
     return f"**{text}**" if abs(mean) > noise else text
 
 
