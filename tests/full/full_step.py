@@ -90,7 +90,8 @@ def watch_types(trainer):
     return types
 
 
-def main(mode, out, *flags):
+def make_trainer(mode, flags):
+    """A Trainer of full/run.py's flags, with its networks as the mode divides them."""
     arguments, given = run.parse_arguments(flags)
     settings = from_dict(Settings, given)
     accelerator = parts.make_accelerator(settings, arguments.out)
@@ -99,73 +100,83 @@ def main(mode, out, *flags):
     trainer = train.Trainer(settings, accelerator, arguments.out)
     for optimizer in (trainer.optimizer, trainer.heads_optimizer):
         for group in optimizer.param_groups:
-            group["eps"] = (
-                1.0  # Adam's division by a gradient that is nearly 0 would magnify its rounding
-            )
+            # Adam's division by a gradient that is nearly 0 would magnify its rounding.
+            group["eps"] = 1.0
+    return trainer
+
+
+def iterate(trainer, iteration, rows, tape):
+    """(log, last student's half, last batch) of an iteration on the micro-batches of these rows."""
+    student_half, pending = trainer.add.student_half, list(rows)
+
+    def with_own_draws(batch, generator):
+        tape.turn_to(iteration, pending.pop(0))
+        return student_half(batch, generator)
+
+    trainer.add.student_half = with_own_draws
+    batches = [trainer.make_batch(raw_batch(iteration, r)) for r in rows]
+    log, half = trainer.iteration(batches)
+    trainer.add.student_half = student_half
+    return log, half, batches[-1]
+
+
+def validate_with_another_average(trainer, half, batch, tape):
+    """Sampling with the average, here one far from the weights, must leave no trace in what
+    follows."""
+    with torch.no_grad():
+        for shadow in trainer.ema.shadows:
+            shadow.mul_(1.5)
+    add.torch = torch
+    trainer.validate(half, batch)
+    add.torch = tape
+
+
+def state_of(trainer):
+    """The student's weights, whole where they are sharded."""
+    state = checkpoint.network_state(trainer)
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+
+
+def assert_a_checkpoint_comes_back(trainer, rows, tape):
+    """Save it, move on, load it."""
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    state = state_of(trainer)
+    checkpoint.save(trainer)
+    iterate(trainer, 9, rows, tape)
+    moved = checkpoint.network_state(trainer)
+    checkpoint.resume(trainer, "auto")
+    again = checkpoint.network_state(trainer)
+    if trainer.accelerator.is_main_process:
+        assert any(not torch.equal(moved[k], state[k]) for k in state)
+        assert all(torch.equal(again[k], state[k]) for k in state), "it did not come back"
+
+
+def main(mode, out, *flags):
+    trainer = make_trainer(mode, flags)
+    accelerator = trainer.accelerator
     add.torch = tape = Tape()
     halves = (slice(0, 8), slice(8, 16))
-    rows = {"whole": (slice(0, TOTAL),), "accumulate": halves}.get(
-        mode, halves[accelerator.process_index :][:1]
-    )
-    student_half, types = trainer.add.student_half, watch_types(trainer)
-
+    mine = halves[accelerator.process_index :][:1]
+    rows = {"whole": (slice(0, TOTAL),), "accumulate": halves}.get(mode, mine)
+    types = watch_types(trainer)
     for iteration in range(ITERATIONS):
-        pending = list(rows)
-
-        def with_own_draws(batch, generator, pending=pending, iteration=iteration):
-            tape.turn_to(iteration, pending.pop(0))
-            return student_half(batch, generator)
-
-        trainer.add.student_half = with_own_draws
-        batches = [trainer.make_batch(raw_batch(iteration, r)) for r in rows]
-        log, half = trainer.iteration(batches)
-        if (
-            iteration == 0
-            # Drawing with the average, here one far from the weights, must leave no trace in what
-            # follows.
-        ):
-            with torch.no_grad():
-                for shadow in trainer.ema.shadows:
-                    shadow.mul_(1.5)
-            add.torch = torch
-            trainer.validate(half, batches[-1])
-            add.torch = tape
+        log, half, batch = iterate(trainer, iteration, rows, tape)
+        if iteration == 0:
+            validate_with_another_average(trainer, half, batch, tape)
     types["parameters"] = {p.dtype for p in trainer.trained}
-    log = {k: accelerator.reduce(v, "mean") for k, v in log.items()}
-    state = {
-        k: v.full_tensor() if hasattr(v, "full_tensor") else v
-        for k, v in checkpoint.network_state(trainer).items()
+    results = {
+        "network": state_of(trainer),
+        "log": {k: accelerator.reduce(v, "mean") for k, v in log.items()},
+        "sharded": sum(hasattr(p, "full_tensor") for p in trainer.trained),
+        "types": {k: sorted(map(str, v)) for k, v in types.items()},
     }
     with trainer.ema.swapped():
-        average = checkpoint.network_state(trainer)
-    sharded = sum(hasattr(p, "full_tensor") for p in trainer.trained)
-    if mode in ("ddp", "fsdp"):  # a checkpoint, loaded again into what has moved on
-        trainer.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(trainer)
-        tape.turn_to(9, rows[0])
-        trainer.add.student_half = student_half
-        trainer.iteration([trainer.make_batch(raw_batch(9, rows[0]))])
-        moved = checkpoint.network_state(trainer)
-        checkpoint.resume(trainer, "auto")
-        again = checkpoint.network_state(trainer)
-        if accelerator.is_main_process:
-            assert any(not torch.equal(moved[k], state[k]) for k in state)
-            assert all(torch.equal(again[k], state[k]) for k in state), (
-                "the checkpoint did not come back"
-            )
+        results["average"] = checkpoint.network_state(trainer)
+    if mode in ("ddp", "fsdp"):
+        assert_a_checkpoint_comes_back(trainer, rows, tape)
+    results["heads"] = trainer.add.discriminator.heads.state_dict()
     if accelerator.is_main_process:
-        heads = trainer.add.discriminator.heads.state_dict()
-        torch.save(
-            {
-                "network": state,
-                "average": average,
-                "heads": heads,
-                "log": log,
-                "sharded": sharded,
-                "types": {k: sorted(map(str, v)) for k, v in types.items()},
-            },
-            out,
-        )
+        torch.save(results, out)
     accelerator.end_training()
 
 
