@@ -173,7 +173,7 @@ REMARKS = {  # below the table, if it has the row
     "f-large": "The large F has seven heads instead of four, so the adversarial loss weighs more.",
     "sds": "The weight of SDS, α σ / 2, is less than half of the exponential one, α, so the "
     "distillation loss counts less, as with a smaller λ.",
-    "nfsd": "NFSD asks its teacher at guidance 7.5, as in its paper; the other rows do without.",
+    "nfsd": "NFSD asks its teacher at guidance 7.5, as in its paper.",
     "f-convolutional": "The convolutional F resembles the metric network, which may favour it.",
     "small-small": "In group e F changes with the teacher, whose encoder it is.",
 }
