@@ -451,7 +451,8 @@ class ADDConfig:
 
     def __post_init__(self):
         pair = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
-        low, high = pair if {type(x) for x in pair} <= {int, float} and len(pair) == 2 else (1, 0)
+        rising = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
+        rising = rising and -math.inf < pair[0] <= pair[1] < math.inf
         steps, most = self.teacher_steps, 1 if self.weight == "nfsd" else 1000
         for name, allowed, rule in (
             ("weight", self.weight in WEIGHTS, f"one of {WEIGHTS}"),
@@ -459,7 +460,7 @@ class ADDConfig:
             ("reduction", self.reduction in ("mean", "sum"), "'mean' or 'sum'"),
             ("lambda_", 0 <= self.lambda_ < math.inf, "finite and at least 0"),
             ("gamma", 0 <= self.gamma < math.inf, "finite and at least 0"),
-            ("guidance", -math.inf < low <= high < math.inf, "a number, or a rising pair"),
+            ("guidance", rising, "a number, or a rising pair"),
             ("teacher_steps", type(steps) is int and 0 < steps <= most, f"from 1 to {most}"),
         ):
             if not allowed:

@@ -43,6 +43,16 @@ def check_limits(settings):
                 )
 
 
+def check_rising(settings, *names):
+    """ValueError if one of these fields, tuples of numbers, is empty or does not rise strictly."""
+    for name in names:
+        values = getattr(settings, name)
+        if not values:
+            raise ValueError(f"--{flag(name)}: empty; give at least one number")
+        if list(values) != sorted(set(values)):
+            raise ValueError(f"--{flag(name)} {show(values)}: must rise strictly")
+
+
 def _parser_for(annotation):
     """Text → value of a field's type; tuples are comma-separated, booleans are true or false."""
     if annotation is bool:

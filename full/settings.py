@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from common import markdown
-from common.flags import check_choices, check_limits, flag, option, show
+from common.flags import check_choices, check_limits, check_rising, flag, option, show
 
 COUNT, SHARE, RATE = (1, 10**9), (0, 1), (1e-12, 1e3)
 
@@ -179,10 +179,7 @@ class Settings:
     def __post_init__(self):
         check_choices(self)
         check_limits(self)
-        if not self.timesteps:
-            raise ValueError("--timesteps: empty; give at least one")
-        if list(self.timesteps) != sorted(set(self.timesteps)):
-            raise ValueError(f"--timesteps {show(self.timesteps)}: must rise strictly")
+        check_rising(self, "timesteps")
         if self.resolution % 8:
             raise ValueError(
                 f"--resolution {self.resolution}: must be a multiple of 8, the factor of the VAE"

@@ -19,10 +19,10 @@ from toy.loop import (
     GeneratorState,
     TrainingError,
     backward,
+    make_adam,
     make_ema,
     run_loop,
     update,
-    warm_up_then_decay,
 )
 from toy.networks import has_bf16
 from toy.public import make_public
@@ -104,30 +104,28 @@ class Distillation:
         self.features = features or TeacherEncoder(teacher, settings.seed_of("features"))
         self.student = make_student(teacher, settings, second)
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.generators = {"generator": self.generator}
+        if hasattr(self.features, "generator"):  # F that diffuses what it sees
+            self.generators["features_generator"] = self.features.generator
         self.add = build_add(
             self.student, teacher, self.features, self.classes, settings, device, self.generator
         )
         self.network, self.heads = self.student.denoiser.network, self.add.discriminator.heads
         self.ema = make_ema(self.network, settings.distil_batch, settings.distil_ema)
-        rates = settings.distil_student_lr, settings.distil_heads_lr
-        self.student_optimizer, self.student_lr = self._adam(self.network, rates[0])
-        self.heads_optimizer, self.heads_lr = self._adam(self.heads, rates[1])
+        beta1, steps = settings.distil_beta1, settings.distil_steps
+        self.student_optimizer, self.student_lr = make_adam(
+            self.network.parameters(), settings.distil_student_lr, beta1, steps
+        )
+        self.heads_optimizer, self.heads_lr = make_adam(
+            self.heads.parameters(), settings.distil_heads_lr, beta1, steps
+        )
         images, labels = data.train_images.to(device), data.train_labels.to(device)
         flip = settings.flip == "true"
         self.batches = Batches(images, labels, settings.distil_batch, seed, flip)
         # ADD.step in its two halves, each of which a GPU records.
-        own = getattr(self.features, "generator", None)  # an F that diffuses what it sees has one
-        generators = [g for g in (self.generator, own) if g is not None]
-        record = recorded(device, generators, modules=[self.heads])
+        record = recorded(device, self.generators.values(), modules=[self.heads])
         self.student_half = record(self._student_half)
         self.discriminator_half = record(self._discriminator_half)
-
-    def _adam(self, network, lr):
-        """(Adam, the schedule of its learning rate)."""
-        betas, steps = (self.settings.distil_beta1, 0.99), self.settings.distil_steps
-        optimizer = torch.optim.Adam(network.parameters(), lr, betas, fused=True)
-        factor = torch.optim.lr_scheduler.LambdaLR
-        return optimizer, factor(optimizer, lambda i: warm_up_then_decay(i, steps))
 
     def _student_half(self, images, labels):
         batch = make_batch(images, labels, self.features, self.classes, self.settings)
@@ -170,11 +168,8 @@ class Distillation:
             "student_lr": self.student_lr,
             "heads_lr": self.heads_lr,
             "batches": self.batches,
-            "generator": GeneratorState(self.generator),
         }
-        if hasattr(self.features, "generator"):
-            parts["features_generator"] = GeneratorState(self.features.generator)
-        return parts
+        return parts | {name: GeneratorState(g) for name, g in self.generators.items()}
 
 
 def distil(stage, teacher, features, second=None):

@@ -273,6 +273,13 @@ def make_ema(network, batch, half_life):
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5 ** (batch / half_life)))
 
 
+def make_adam(parameters, lr, beta1, steps):
+    """(Adam with β_2 = 0.99, the schedule of its learning rate over that many steps)."""
+    optimizer = torch.optim.Adam(parameters, lr, (beta1, 0.99), fused=True)
+    factor = torch.optim.lr_scheduler.LambdaLR
+    return optimizer, factor(optimizer, lambda i: warm_up_then_decay(i, steps))
+
+
 def warm_up_then_decay(step, steps, warm_up=50, floor=0.02):
     """Factor on a learning rate: rises linearly over warm_up steps, stays at 1, falls linearly over
     the second half."""

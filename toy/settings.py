@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from common.augment import AUGMENTATIONS
-from common.flags import check_choices, check_limits, flag, option, show
+from common.flags import check_choices, check_limits, check_rising, flag, option, show
 
 DATASETS = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
 FEATURES = ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional")
@@ -207,12 +207,9 @@ class Settings:
     def __post_init__(self):
         check_choices(self)
         check_limits(self)
-        for name in ("teacher_widths", "distil_timesteps", "eval_guidances", "eval_steps"):
-            if not getattr(self, name):
-                raise ValueError(f"--{flag(name)}: empty; give at least one number")
-        for name in ("eval_guidances", "eval_steps", "distil_timesteps"):
-            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
-                raise ValueError(f"--{flag(name)} {show(getattr(self, name))}: must rise strictly")
+        if not self.teacher_widths:
+            raise ValueError("--teacher-widths: empty; give at least one number")
+        check_rising(self, "eval_guidances", "eval_steps", "distil_timesteps")
         if self.distil_timesteps[-1] >= 1000:
             raise ValueError(
                 f"--distil-timesteps {show(self.distil_timesteps)}: the last must be at most 999; "

@@ -7,7 +7,7 @@ import torch
 from add import Denoiser, NoiseSchedule
 from toy.data import Batches, to_float
 from toy.graphs import recorded
-from toy.loop import GeneratorState, backward, make_ema, run_loop, update, warm_up_then_decay
+from toy.loop import GeneratorState, backward, make_adam, make_ema, run_loop, update
 from toy.networks import UNet
 
 
@@ -106,8 +106,7 @@ def train_teacher(stage):
     denoiser = make_denoiser(data.train_images.shape[1], classes, settings, standardize).to(device)
     network, schedule = denoiser.network, denoiser.schedule
     ema = make_ema(network, settings.teacher_batch, settings.teacher_ema)
-    optimizer = torch.optim.Adam(network.parameters(), settings.teacher_lr, (0.9, 0.99), fused=True)
-    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_decay(i, steps))
+    optimizer, lr = make_adam(network.parameters(), settings.teacher_lr, 0.9, steps)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     flip, share = settings.flip == "true", settings.teacher_label_dropout
     batches = Batches(images, labels, settings.teacher_batch, settings.seed_of("teacher"), flip)

@@ -79,7 +79,7 @@ def test_two_processes_leave_when_one_of_them_cannot_write(checkpoints, tmp_path
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
 
 
-def kill_and_resume(checkpoints, tmp_path, times, seed):
+def assert_it_survives_kills(checkpoints, tmp_path, times, seed):
     """Kill a run -9 so many times at random moments of its training, a checkpoint being written
     after every iteration, and finish it: what was there is there and can be read, and it ends as if
     it had never been killed."""
@@ -117,11 +117,11 @@ def kill_and_resume(checkpoints, tmp_path, times, seed):
 
 @pytest.mark.long
 def test_killed_twenty_times_it_goes_on(checkpoints, tmp_path):
-    kill_and_resume(checkpoints, tmp_path, 20, seed=1)
+    assert_it_survives_kills(checkpoints, tmp_path, 20, seed=1)
 
 
 def test_killed_once_it_goes_on(checkpoints, tmp_path):
-    kill_and_resume(checkpoints, tmp_path, 1, seed=0)
+    assert_it_survives_kills(checkpoints, tmp_path, 1, seed=0)
 
 
 def test_a_signal_to_the_whole_group_saves_although_workers_get_it_too(checkpoints, tmp_path):

@@ -104,7 +104,7 @@ def test_deterministic_algorithms_train_too(tmp_path):
     assert code == 0, err
 
 
-def kill_and_resume(tmp_path, times, seed):
+def assert_it_survives_kills(tmp_path, times, seed):
     """Kill a run -9 so many times at random moments of its training, checkpoints being written
     after every step, and finish it: each time it goes on from the last step but at most one, and it
     ends as if it had never been killed."""
@@ -130,12 +130,12 @@ def kill_and_resume(tmp_path, times, seed):
 
 
 def test_killed_three_times_it_goes_on(tmp_path):
-    kill_and_resume(tmp_path, 3, seed=0)
+    assert_it_survives_kills(tmp_path, 3, seed=0)
 
 
 @pytest.mark.long
 def test_killed_twenty_times_it_goes_on(tmp_path):
-    kill_and_resume(tmp_path, 20, seed=1)
+    assert_it_survives_kills(tmp_path, 20, seed=1)
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(

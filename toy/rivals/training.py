@@ -3,9 +3,9 @@
 A rival is a subclass of Training. It says what one step is (step) and how its images are drawn
 (sample).
 
-All have the toy's standardised pixels, and estimates of x_0 that are clipped, as the teacher and
-ADD's student have. Their papers do not clip in training. Without that, one step of consistency
-distillation had ten times the distance (one trial of 960 steps).
+All have the toy's standardised pixels. All clip their estimates of x_0, as the teacher and ADD's
+student do; UFOGen's authors do not in training. Without clipping in training one step of
+consistency distillation had ten times the distance (one trial of 960 steps).
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.nn import functional
 from toy.data import Batches
 from toy.distil import make_student
 from toy.graphs import recorded
-from toy.loop import backward, make_ema, update, warm_up_then_decay
+from toy.loop import backward, make_adam, make_ema, update
 
 
 class Training:
@@ -58,9 +58,8 @@ class Training:
 
     def adam(self, parameters, steps):
         """Adam at this training's learning rate, which after_step changes."""
-        optimizer = torch.optim.Adam(parameters, self.base_lr, (self.BETA1, 0.99), fused=True)
-        factor = torch.optim.lr_scheduler.LambdaLR
-        self.lr.append(factor(optimizer, lambda i: warm_up_then_decay(i, steps)))
+        optimizer, schedule = make_adam(parameters, self.base_lr, self.BETA1, steps)
+        self.lr.append(schedule)
         return optimizer
 
     def descent(self, name, optimizer, loss_of):

@@ -6,9 +6,9 @@ generator to what x_s still shows. Generator and discriminator start from the te
 
 Departures: the timesteps s are ADD's four and r the next smaller; the authors' code draws s from
 all, with r = s - T/4. There the discriminator moves in every second iteration, its losses stop at
-logits of 0.5, gradients are clipped to norm 1, and Adam's β_1 is 0.9. Three of these (all but the
-clipping) were tried on one seed, at two rates: one step was farther away, and collapsed to a third
-of the recall.
+logits of 0.5, gradients are clipped to norm 1, and Adam's β_1 is 0.9. We tried these, but for the
+clipping, on one seed at rates 1e-4 and 3e-4. One step had 30 and 5.6 times the teacher's distance
+and recall 0.11 and 0.22. Without them it had 5.0 times and 0.73, at 1e-4.
 """
 
 import torch
