@@ -1,11 +1,7 @@
-"""Checkpoints that are whole or not there, read without running anything; signals that wait for a
-step's end; the memory that a log tells. toy/ and full/ share them."""
+"""Checkpoints that are whole or not there, read without running anything."""
 
-import errno
 import os
 import pickle
-import resource
-import signal
 import sys
 import zlib
 from contextlib import contextmanager, suppress
@@ -13,30 +9,14 @@ from pathlib import Path
 
 import torch
 
+from common.errors import explain
+
 # Behind what torch.save wrote, with eight hex digits of its CRC-32 after it; torch.load ignores it.
 TRAILER = b"\nADD checkpoint 1 "
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message is one line."""
-
-
-# What stops a run: Ctrl-C, a scheduler, and the timer of --max-minutes.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-
-
-def _name(number):
-    return "--max-minutes" if number == signal.SIGALRM else signal.Signals(number).name
-
-
-class Stopped(KeyboardInterrupt):
-    """One of STOPPING came: raised once what was under way has been saved or, on a second one, at
-    once. .code is the exit code that says which signal."""
-
-    def __init__(self, number, unsaved=False):
-        name = _name(number)
-        super().__init__(f"a second {name}, unsaved" if unsaved else name)
-        self.code = 128 + number
 
 
 class _Summing:
@@ -80,29 +60,6 @@ def _replacing(path, keep=False):
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def explain(error):
-    """What an OSError means, in words that go behind a path; torch wraps some in a RuntimeError."""
-    cause = error if isinstance(error, OSError) else error.__context__
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; make room, or name another folder"
-    if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "no permission; name another file or folder"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def one_line(error):
-    """An error's message on one line; for an OSError the file, and what to do."""
-    if isinstance(error, OSError):
-        return f"{error.filename}: {explain(error)}" if error.filename else explain(error)
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def brief(error):
-    """An error's kind and the beginning of its message, on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150] if lines else ''}"
 
 
 def write(path, state):
@@ -170,55 +127,3 @@ def read_last(path, device="cpu"):
     if failed:
         raise CheckpointError(f"{failed}, nor is one before it; remove it to start over")
     return None
-
-
-def be_deterministic():
-    """Only algorithms that give the same bits every time; before CUDA's first use."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def peak_memory(device):
-    """GiB that the CUDA device or, for any other, the process has held at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-@contextmanager
-def postponed_signals():
-    """No step is cut in half: inside, the first of STOPPING only fills the list that this yields,
-    and says so. A second one stops at once."""
-    received = []
-
-    def handler(number, frame):
-        if received:
-            if number == signal.SIGALRM:  # nobody asked twice
-                return
-            raise Stopped(number, unsaved=True)
-        received.append(number)
-        # Not print(): the signal may have come in the midst of another one. Ctrl-C may have closed
-        # the pipe's other end, too.
-        name = _name(number)
-        words = f"\n{name}: saving after this step; once more stops at once, unsaved\n"
-        with suppress(OSError):
-            os.write(2, words.encode())
-
-    previous = {number: signal.signal(number, handler) for number in STOPPING}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def stop_on_signals():
-    """Each of STOPPING raises Stopped wherever the program is: for the time between loops."""
-
-    def handler(number, frame):
-        raise Stopped(number)
-
-    for number in STOPPING:
-        signal.signal(number, handler)

@@ -4,7 +4,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from common.checkpoints import brief
+from common.errors import brief
 
 
 def load_fid(path):

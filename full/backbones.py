@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DC
 from torch import nn
 
 from add import Denoiser, NoiseSchedule
+from common.errors import brief
 from full.settings import from_name
 
 # diffusers' names → add.py's.
@@ -41,11 +42,6 @@ def repeat(cond, n):
 
 class BackboneError(ValueError):
     """A checkpoint that cannot be had or used; the message is one line."""
-
-
-def first_line(error):
-    """The first line of a library's message, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -110,8 +106,7 @@ class Backbone:
             config = DiffusionPipeline.load_config(self.path)
         except LOAD_ERRORS as error:
             raise BackboneError(
-                f"{name}: no diffusers pipeline there, as folder or hub repository "
-                f"({first_line(error)})"
+                f"{name}: no diffusers pipeline there, as folder or hub repository ({brief(error)})"
             ) from error
         if config.get("_class_name") not in PIPELINES:
             raise BackboneError(
@@ -126,7 +121,7 @@ class Backbone:
             # Always with a dtype: without one the parts come in several.
             self.pipe = DiffusionPipeline.from_pretrained(self.path, dtype=dtype, **self.extra)
         except LOAD_ERRORS as error:
-            raise BackboneError(f"{name}: cannot be loaded ({first_line(error)})") from error
+            raise BackboneError(f"{name}: cannot be loaded ({brief(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
         # transformers makes an empty tokenizer where there are no files.
         for part, tokenizer in self.pipe.components.items():
@@ -226,9 +221,7 @@ class Backbone:
         try:
             decoder = AutoencoderTiny.from_pretrained(path, dtype=self.pipe.vae.dtype)
         except LOAD_ERRORS as error:
-            raise BackboneError(
-                f"--vae {name}: no tiny decoder there ({first_line(error)})"
-            ) from error
+            raise BackboneError(f"--vae {name}: no tiny decoder there ({brief(error)})") from error
         return decoder.requires_grad_(False).eval().to(self.device)
 
 

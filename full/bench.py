@@ -21,7 +21,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import markdown, timing
-from common.checkpoints import CheckpointError, be_deterministic, brief, one_line
+from common.checkpoints import CheckpointError
+from common.device import be_deterministic
+from common.errors import brief, one_line
 from common.flags import add_flags, from_dict
 from common.meter import least_seconds, measure
 from common.origin import commit, machine

@@ -10,15 +10,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint import state_dict as dcp
 
-from common.checkpoints import (
-    CheckpointError,
-    one_line,
-    read,
-    sync_folder,
-    verify,
-    write,
-    write_text,
-)
+from common.checkpoints import CheckpointError, read, sync_folder, verify, write, write_text
+from common.errors import one_line
 
 KEEP, VERSION = 2, 1  # checkpoints that stay; their form
 WHOLE = {"full_state_dict": True, "cpu_offload": True}  # of sharded networks and optimisers

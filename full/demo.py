@@ -78,7 +78,7 @@ def main(argv=None):
         page = make_page(make_draw(pipe, arguments.pipeline), steps)
         page.launch(server_name=arguments.host, server_port=arguments.port)
     except (ValueError, OSError) as error:
-        from common.checkpoints import one_line
+        from common.errors import one_line
 
         print(f"full/demo.py: {one_line(error)}", file=sys.stderr)
         return 2

@@ -5,9 +5,10 @@ from einops import rearrange
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
+from common.errors import brief
 from common.features import noised, readout
 from common.images import resize
-from full.backbones import LOAD_ERRORS, BackboneError, first_line
+from full.backbones import LOAD_ERRORS, BackboneError
 
 IMAGE_NETWORKS = {
     "dinov2-s": "facebook/dinov2-small",
@@ -31,7 +32,7 @@ def load_vit(name, dtype, what):
     except LOAD_ERRORS as error:
         names = ", ".join(IMAGE_NETWORKS)
         raise BackboneError(
-            f"--{what} {name}: none of {names}, nor a vision model ({first_line(error)})"
+            f"--{what} {name}: none of {names}, nor a vision model ({brief(error)})"
         ) from error
     if network.config.model_type not in ("dinov2", "vit", "clip_vision_model"):
         raise BackboneError(
@@ -170,7 +171,7 @@ class TextFeatures:
         except LOAD_ERRORS as error:
             raise BackboneError(
                 f"--c-text {name}: neither an open_clip MODEL/WEIGHTS nor a folder of one "
-                f"({first_line(error)})"
+                f"({brief(error)})"
             ) from error
         network.visual = None  # three quarters of it
         self.network = network.requires_grad_(False).eval().to(device, dtype)

@@ -14,9 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common.checkpoints import be_deterministic, one_line, stop_on_signals, write_text
+from common.checkpoints import write_text
+from common.device import be_deterministic
+from common.errors import one_line
 from common.flags import add_flags, from_dict
 from common.origin import commit
+from common.stopping import stop_on_signals
 from full.settings import Settings
 
 

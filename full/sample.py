@@ -73,12 +73,13 @@ def timesteps_of(folder, steps):
 def load_pipeline(kind, name, dtype, flag="--pipeline"):
     """kind's pipeline by folder or repository, in a torch dtype, on the CPU, without progress bars.
     ValueError."""
-    from full.backbones import LOAD_ERRORS, first_line
+    from common.errors import brief
+    from full.backbones import LOAD_ERRORS
 
     try:
         pipe = kind.from_pretrained(name, dtype=dtype)
     except LOAD_ERRORS as error:
-        what = f"cannot be loaded, as a pipeline folder or a hub repository ({first_line(error)})"
+        what = f"cannot be loaded, as a pipeline folder or a hub repository ({brief(error)})"
         raise ValueError(f"{flag} {name}: {what}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -176,7 +177,7 @@ def main(argv=None):
     try:
         paths = sample(arguments)
     except (ValueError, OSError) as error:
-        from common.checkpoints import one_line
+        from common.errors import one_line
 
         print(f"full/sample.py: {one_line(error)}", file=sys.stderr)
         return 2

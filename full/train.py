@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from add import Batch
-from common.checkpoints import Stopped, peak_memory, postponed_signals
+from common.device import peak_memory
 from common.health import heads_log, student_log, watch
+from common.stopping import Stopped, postponed_signals
 from full import checkpoint, data, export, pictures
 from full.parts import Parts, TrainingError
 from full.settings import NFSD_NEGATIVE

@@ -203,7 +203,7 @@ def _load_torchvision(name, root, size, limit):
         train, test = (_read_torchvision(kind, root, split, limit) for split in (True, False))
     except Exception as error:  # torchvision raises all sorts on damaged files
         raise DataError(
-            f"--dataset {name}: cannot read {title} in --data-dir {root} ({_one_line(error)}); "
+            f"--dataset {name}: cannot read {title} in --data-dir {root} ({_last_line(error)}); "
             f"remove {root / folder} to have it downloaded again, or use --dataset glyphs"
         ) from error
     return Dataset(f"{title} {_count(train[0])}", *train[:2], *test)
@@ -234,7 +234,7 @@ def _fetch(name, root):
     try:
         _download(kind, root)
     except Exception as error:  # no network, a full disk, a damaged archive ...
-        return _one_line(error)
+        return _last_line(error)
     return None
 
 
@@ -261,7 +261,7 @@ def _download(kind, root):
         socket.setdefaulttimeout(timeout)
 
 
-def _one_line(error):
+def _last_line(error):
     """The last line of an error's message: torchvision's longer ones end with the cause."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
@@ -355,7 +355,7 @@ def _read_pictures(pictures, size, bad, max_bad_files):
                 picture = to_rgb(Image.open(path))
         except Exception as error:  # PIL raises a dozen kinds on damaged files
             bad.append(path)
-            what = f"cannot read {path} ({_one_line(error)})"
+            what = f"cannot read {path} ({_last_line(error)})"
             if len(bad) > max_bad_files:
                 raise DataError(
                     f"--dataset folder: {what}; replace it or remove it from --data-dir; "

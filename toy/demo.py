@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import CheckpointError, one_line, read_last
+from common.checkpoints import CheckpointError, read_last
+from common.errors import one_line
 from common.flags import add_page_flags, from_dict
 from toy.distil import load_student
 from toy.loop import TrainingError

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, LocalBatchNorm, Student
 from common.augment import Augmented
-from common.checkpoints import one_line, read, write
+from common.checkpoints import read, write
+from common.errors import one_line
 from common.flags import from_dict
 from common.health import heads_log, student_log, watch
 from toy.data import Batches

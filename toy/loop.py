@@ -13,7 +13,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common.checkpoints import Stopped, peak_memory, postponed_signals, read_last, write
+from common.checkpoints import read_last, write
+from common.device import peak_memory
+from common.stopping import Stopped, postponed_signals
 from toy.data import Dataset
 from toy.settings import Settings
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from common.checkpoints import brief
+from common.errors import brief
 from common.features import readout
 from common.images import resize
 

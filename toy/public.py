@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from add import Denoiser, NoiseSchedule
-from common.checkpoints import brief, read_last, write
+from common.checkpoints import read_last, write
+from common.errors import brief
 from toy.teacher import Standardize
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}

@@ -24,19 +24,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import (
-    CheckpointError,
-    Stopped,
-    be_deterministic,
-    one_line,
-    peak_memory,
-    read_last,
-    stop_on_signals,
-    write_text,
-)
+from common.checkpoints import CheckpointError, read_last, write_text
+from common.device import be_deterministic, peak_memory
+from common.errors import one_line
 from common.fid import load_fid
 from common.flags import add_flags, from_dict
 from common.origin import device_name
+from common.stopping import Stopped, stop_on_signals
 from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student

@@ -9,7 +9,8 @@ import torch
 from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import CheckpointError, one_line
+from common.checkpoints import CheckpointError
+from common.errors import one_line
 from toy import loop
 from toy.distil import load_student
 from toy.samplers import noise_for, sample_student

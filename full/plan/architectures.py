@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from add import NoiseSchedule
-from full.backbones import PIPELINES, Backbone, BackboneError, first_line
+from common.errors import brief
+from full.backbones import PIPELINES, Backbone, BackboneError
 from full.features import IMAGE_NETWORKS, VisionTransformer, unit_scale
 from full.settings import BACKBONES, from_name
 
@@ -113,7 +114,7 @@ def _read(load, what, names):
         return load()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
-            f"{what}: no such network on this machine ({first_line(error)}); --plan downloads "
+            f"{what}: no such network on this machine ({brief(error)}); --plan downloads "
             "nothing: give a folder, fetch it with `hf download`, or choose one of "
             f"{', '.join(names)}"
         ) from error

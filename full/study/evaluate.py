@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common.checkpoints import brief
+from common.errors import brief
 from common.fid import load_fid
 from common.flags import add_flags, check_choices, flag, option
 from common.origin import commit

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.checkpoints import brief
+from common.errors import brief
 
 CAPTIONS = "annotations/captions_val2017.json"
 

@@ -13,7 +13,8 @@ import torch
 from toy_runs import STAGES, TINY, call, main_in_process, rows_of, stage_at, start
 from trust import kill_while_it_writes, on_a_small_disk, same
 
-from common.checkpoints import Stopped, read, read_last, write
+from common.checkpoints import read, read_last, write
+from common.stopping import Stopped
 from toy import data, distil, features, metrics, run, teacher
 
 STEPS = dict(features=4, metric=4, teacher=6, distil=6)  # of the tiny preset
