@@ -2,6 +2,7 @@
 add.Denoiser. No method here."""
 
 import copy
+import logging
 import os
 import pickle
 from functools import cached_property
@@ -123,6 +124,8 @@ class Backbone:
         except LOAD_ERRORS as error:
             raise BackboneError(f"{name}: cannot be loaded ({brief(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
+        # Else a line for every caption of more than 77 tokens.
+        logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         # transformers makes an empty tokenizer where there are no files.
         for part, tokenizer in self.pipe.components.items():
             if part.startswith("tokenizer") and tokenizer.model_max_length > 10**6:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from common.checkpoints import CheckpointError, read, sync_folder, verify, write, write_text
 from common.errors import one_line
 
-KEEP, VERSION = 2, 1  # checkpoints that stay; their form
+KEEP, VERSION = 2, 2  # checkpoints that stay; their form
 WHOLE = {"full_state_dict": True, "cpu_offload": True}  # of sharded networks and optimisers
 
 
@@ -75,6 +75,7 @@ def shared_state(trainer):
         "data": trainer.settings.data,
         "step": trainer.step,
         "processes": trainer.accelerator.num_processes,
+        "workers": trainer.settings.workers,
         "network": network,
         "average": average,
         "optimizer": optimizer_state(trainer),
@@ -198,6 +199,11 @@ def resume(trainer, where):
         raise CheckpointError(
             f"--resume {where}: written by {state['processes']} processes, this run has "
             f"{accelerator.num_processes}; start as many"
+        )
+    if state["workers"] != trainer.settings.workers:  # each has its own place in the data
+        raise CheckpointError(
+            f"--resume {where}: written with --workers {state['workers']}, this run has "
+            f"{trainer.settings.workers}; leave the flag out"
         )
     own = _read(where, f"process_{accelerator.process_index}.pt")
     try:

@@ -7,10 +7,16 @@ process has all of them, for under FSDP2 R1's second backward would meet freed o
 import contextlib
 import os
 import sys
+import uuid
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from add import ADD, ADDConfig, Discriminator, DiscriminatorHeads, Student
@@ -39,7 +45,11 @@ def make_accelerator(settings, folder):
         mixed_precision={"bf16": "bf16", "fp32": "no"}[settings.precision],
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # The others wait while the first writes 41 GB of SDXL; NCCL's ten minutes may be short.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # Some launches start processes that think they are alone.
@@ -49,6 +59,26 @@ def make_accelerator(settings, folder):
             "ACCELERATE_USE_CPU=true and use torchrun"
         )
     return accelerator
+
+
+def check_shared(accelerator, folder):
+    """TrainingError unless every process sees what the first one writes into a folder that is
+    there."""
+    if accelerator.num_processes == 1:
+        return
+    trace = folder / f".shared-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    if accelerator.is_main_process:
+        trace.touch()
+    accelerator.wait_for_everyone()
+    unseen = torch.tensor([float(not trace.exists())], device=accelerator.device)
+    unseen = int(accelerator.reduce(unseen, "sum").item())
+    if accelerator.is_main_process:
+        trace.unlink()
+    if unseen:
+        raise TrainingError(
+            f"--out {folder}: {unseen} of {accelerator.num_processes} processes do not see what "
+            "the first one writes there; name a folder that all machines share"
+        )
 
 
 class Ema:

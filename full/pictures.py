@@ -38,18 +38,19 @@ def to_array(images, columns):
 def validation(student, backbone, settings):
     """{"steps_k": grid}: every prompt from the same noise in k = 1, 2, 4 steps (as many as
     T_student allows)."""
-    prompts, size = read_prompts(settings.prompts), settings.resolution
-    sizes = torch.tensor([[size, size, 0, 0, size, size]] * len(prompts))
-    cond = backbone.with_sizes(backbone.text(prompts), sizes)
-    device, grids = backbone.device, {}
-    shape = (len(prompts), backbone.pipe.unet.config.in_channels, size // 8, size // 8)
-    for k in (k for k in (1, 2, 4) if k <= len(student.timesteps)):
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        noise = torch.randn(shape, device=device, generator=generator)
-        grids[f"steps_{k}"] = to_array(
-            student.sample(noise, cond, k, generator=generator), len(prompts)
-        )
-    return grids
+    prompts, size, n = read_prompts(settings.prompts), settings.resolution, settings.batch
+    device, counts = backbone.device, [k for k in (1, 2, 4) if k <= len(student.timesteps)]
+    shape = (backbone.pipe.unet.config.in_channels, size // 8, size // 8)
+    images = {k: [] for k in counts}
+    for i in range(0, len(prompts), n):  # what a GPU can train on it can sample
+        some = prompts[i : i + n]
+        sizes = torch.tensor([[size, size, 0, 0, size, size]] * len(some))
+        cond = backbone.with_sizes(backbone.text(some), sizes)
+        for k in counts:
+            generator = torch.Generator(device).manual_seed(settings.seed + i)
+            noise = torch.randn((len(some), *shape), device=device, generator=generator)
+            images[k].append(student.sample(noise, cond, k, generator=generator).float().cpu())
+    return {f"steps_{k}": to_array(torch.cat(x), min(len(prompts), 8)) for k, x in images.items()}
 
 
 @torch.no_grad()

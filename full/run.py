@@ -114,6 +114,7 @@ def run(arguments, given):
                 "folder starts over"
             )
         config = {"settings": dataclasses.asdict(settings), "commit": commit()}
+    parts.check_shared(accelerator, arguments.out)
     trainer = train.Trainer(settings, accelerator, arguments.out)
     if arguments.resume:
         checkpoint.resume(trainer, arguments.resume)

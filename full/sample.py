@@ -5,6 +5,7 @@ image-to-image from a file.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -50,12 +51,19 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def timesteps_of(folder, steps):
-    """The timesteps of `steps` evaluations if the pipeline's own are not T_student's (add.json
-    tells), else None. ValueError."""
-    from full.export import is_evenly_spaced
+@functools.lru_cache  # the demo asks for every image
+def trained_timesteps(name):
+    """T_student of a pipeline, by folder or repository, as its add.json tells; None without one.
+    ValueError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    path = Path(folder) / "add.json"
+    path = Path(name) / "add.json"
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(str(name), "add.json"))
+        except EntryNotFoundError:
+            return None
     if not path.exists():
         return None
     try:
@@ -64,7 +72,16 @@ def timesteps_of(folder, steps):
             raise ValueError(f"timesteps {trained} do not rise within 0…999")
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: not what full/run.py wrote ({error})") from error
-    if is_evenly_spaced(trained):
+    return trained
+
+
+def timesteps_of(name, steps):
+    """The timesteps of `steps` evaluations if a pipeline was trained at others than its scheduler
+    has, else None. ValueError."""
+    from full.export import is_evenly_spaced
+
+    trained = trained_timesteps(name)
+    if trained is None or is_evenly_spaced(trained):
         return None
     n = len(trained)
     return [trained[n - 1 - i * n // steps] for i in range(steps)]
@@ -126,7 +143,7 @@ def sample(arguments):
     """Write the images; returns their paths. ValueError for what cannot be."""
     import torch
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from full.pictures import read_prompts
 
@@ -146,9 +163,11 @@ def sample(arguments):
     call = call_of(pipe, arguments.pipeline, arguments.steps, strength=strength)
     if arguments.image:
         try:
-            image = Image.open(arguments.image).convert("RGB")
+            image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
         except OSError as error:
             raise ValueError(f"--image {arguments.image}: cannot be read ({error})") from error
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
         call |= {"image": image, "strength": strength}
 
     arguments.out.mkdir(parents=True, exist_ok=True)

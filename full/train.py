@@ -152,10 +152,10 @@ class Trainer(Parts):
                     row = self.log_row(log, images / (time.time() - began), int(skipped))
                     bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
                     began, images = time.time(), 0
-                if self.is_due(settings.validate_every):
-                    self.validate(half, batch)
                 if stop or self.is_due(settings.save_every) or self.step == settings.steps:
                     checkpoint.save(self)
+                if self.is_due(settings.validate_every):
+                    self.validate(half, batch)
                 if stop and self.step < settings.steps:
                     raise Stopped(stopped[0] if stopped else signal.SIGTERM)
         return self.finish()

@@ -103,9 +103,9 @@ class Plan:
         shares = {}
         if mode == "FSDP2":
             shares = dict.fromkeys(SHARDED, 1 / self.gpus)
-            # Nothing is sent between micro-batches: whole gradients, as wide as the arithmetic.
+            # Nothing is sent between micro-batches: whole gradients, in float32 as for the sum.
             if s.accumulate > 1:
-                shares["gradients"] += self.width / 4
+                shares["gradients"] += 1
         peaks = {}
         for part in high:
             kinds = {
@@ -155,9 +155,7 @@ class Plan:
         hop = (self.gpus - 1) / self.gpus / link
         # Weights are gathered for forward and for backward.
         gathers = 2 * self.settings.accumulate * self.width * self.parameters
-        sent = {"DDP": 2 * 4 * self.trained, "FSDP2": gathers + self.width * self.trained}.get(
-            mode, 0
-        )
+        sent = {"DDP": 2 * 4 * self.trained, "FSDP2": gathers + 4 * self.trained}.get(mode, 0)
         return hop * sent, hop * 2 * 4 * self.heads
 
     def hidden(self, mode, batch):

@@ -11,6 +11,8 @@ import torch
 from full_runs import ROOT, flags
 from safetensors.torch import load_file
 
+from full import parts
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -83,17 +85,47 @@ def test_a_divided_batch_trains_as_the_whole_one(checkpoints, tmp_path, whole, m
         ), name
 
 
+class TwoMachines:
+    """accelerate's Accelerator as the second process of two has it, on a machine of its own."""
+
+    num_processes, is_main_process, device = 2, False, torch.device("cpu")
+
+    def __init__(self, unseen):
+        self.unseen, self.waited = unseen, 0
+
+    def wait_for_everyone(self):
+        self.waited += 1
+
+    def reduce(self, x, how):
+        assert how == "sum" and x.item() == self.unseen
+        return x
+
+
+def test_a_folder_that_the_machines_do_not_share_is_named(tmp_path, monkeypatch):
+    name = {"seen": False}
+
+    def broadcast(names):
+        if name["seen"]:
+            (tmp_path / f".shared-{names[0]}").touch()
+        return names
+
+    monkeypatch.setattr(parts, "broadcast_object_list", broadcast)
+    with pytest.raises(parts.TrainingError, match=f"--out {tmp_path}: 1 of 2 processes do not see"):
+        parts.check_shared(TwoMachines(unseen=1), tmp_path)
+    name["seen"] = True
+    parts.check_shared(TwoMachines(unseen=0), tmp_path)
+
+
 def test_the_launch_configurations_are_ones_that_accelerate_reads():
     """Every key is known to accelerate, and the sharded one names the blocks of the real U-Nets."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted((ROOT / "full" / "configs").glob("*.yaml"))
-    assert len(files) == 4
+    assert len(files) == 3
     found = {file.stem: load_config_from_file(str(file)) for file in files}
     assert {
         k: (c.distributed_type.value, c.num_machines, c.num_processes) for k, c in found.items()
     } == {
-        "one-gpu": ("NO", 1, 1),
         "eight-gpus": ("MULTI_GPU", 1, 8),
         "eight-gpus-fsdp2": ("FSDP", 1, 8),
         "two-nodes": ("MULTI_GPU", 2, 16),

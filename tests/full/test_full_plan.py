@@ -35,18 +35,18 @@ def test_arithmetic_takes_operations_over_rate(by_hand):
 
 
 def test_communication_by_hand(by_hand):
-    # DDP: a ring's sum sends 2 × 3/4 of 4 GB at 75 GB/s. FSDP2: two gathers and a scatter, each 3/4
-    # of 2 GB.
+    # DDP: a ring's sum sends 2 × 3/4 of 4 GB at 75 GB/s. FSDP2: two gathers, each 3/4 of 2 GB,
+    # and a scatter in float32.
     assert by_hand.communication("DDP") == pytest.approx((2 * 0.75 * 4 / 75, 2 * 0.75 * 0.012 / 75))
-    assert by_hand.communication("FSDP2")[0] == pytest.approx(3 * 0.75 * 2 / 75)
+    assert by_hand.communication("FSDP2")[0] == pytest.approx((2 * 2 + 4) * 0.75 / 75)
     by_hand.settings = Settings(batch=2, accumulate=3)
     assert by_hand.communication("DDP")[0] == pytest.approx(2 * 0.75 * 4 / 75)  # once
     assert by_hand.communication("FSDP2")[0] == pytest.approx(
-        (3 * 2 + 1) * 0.75 * 2 / 75
+        (3 * 2 * 2 + 4) * 0.75 / 75
     )  # gathers each time
     by_hand.trained = 10_000_000  # LoRA sends its own gradients, and FSDP2 all weights
     assert by_hand.communication("DDP")[0] == pytest.approx(2 * 0.75 * 0.04 / 75)
-    assert by_hand.communication("FSDP2")[0] == pytest.approx(0.75 * (3 * 2 * 2 + 0.02) / 75)
+    assert by_hand.communication("FSDP2")[0] == pytest.approx(0.75 * (3 * 2 * 2 + 0.04) / 75)
     by_hand.gpus = 16  # two nodes: 25 GB/s of network, not 100 GB/s; 15/16, not 3/4
     assert by_hand.communication("DDP")[0] == pytest.approx(2 * 15 / 16 * 0.04 / (0.75 * 25))
     by_hand.gpus = 1

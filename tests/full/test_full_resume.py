@@ -2,6 +2,7 @@
 numbers."""
 
 import errno
+import json
 import shlex
 import shutil
 import signal
@@ -10,8 +11,10 @@ import sys
 import pytest
 import torch
 from full_runs import FIVE, assert_same_run, flags, last, log_of, train
+from PIL import Image
 from trust import on_a_small_disk
 
+from add import Student
 from common import checkpoints as storage
 from common.checkpoints import read, write
 from full import run
@@ -94,6 +97,38 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(
     assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_checkpoint_of_another_number_of_workers_is_named(checkpoints, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "run")
+    assert run.main([*flags(checkpoints, out, **FIVE | {"workers": 1}), "--resume", "auto"]) == 2
+    assert "written with --workers 0, this run has 1; leave the flag out" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["settings"]["workers"] == 0
+
+
+def test_a_validation_that_fails_costs_no_iteration(checkpoints, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(full_train.pictures, "validation", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(checkpoints, tmp_path, validate_every=2, save_every=2)
+    assert read(last(tmp_path) / "training.pt")["step"] == 2
+
+
+def test_many_validation_prompts_are_sampled_by_the_batch(checkpoints, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join("abcde"))
+    sample, calls = Student.sample, []
+
+    def watched(student, noise, cond, *args, **more):
+        calls.append((len(noise), len(cond["encoder_hidden_states"]), args[0]))
+        return sample(student, noise, cond, *args, **more)
+
+    monkeypatch.setattr(Student, "sample", watched)
+    train(checkpoints, tmp_path, batch=2, validate_every=2, prompts=tmp_path / "prompts.txt")
+    assert calls == [(n, n, k) for n in (2, 2, 1) for k in (1, 2, 4)]
+    width, height = Image.open(tmp_path / "pictures" / "steps_1_0000002.png").size
+    assert (width, height) == (5 * 68 + 4, 72)
+
+
 def test_a_checkpoint_of_another_architecture_is_named(checkpoints, whole, tmp_path, capsys):
     more = [*flags(checkpoints, tmp_path, backbone="v"), "--resume", str(last(whole))]
     assert run.main(more) == 2
@@ -113,7 +148,7 @@ def test_a_checkpoint_of_another_data_set_or_version_is_named(checkpoints, whole
         {k: v for k, v in read(folder / "training.pt").items() if k != "version"},
     )
     assert run.main([*flags(checkpoints, tmp_path / "run"), "--resume", str(folder)]) == 2
-    assert "its version is None, not 1" in capsys.readouterr().err
+    assert "its version is None, not 2" in capsys.readouterr().err
 
 
 def test_the_same_command_gives_the_same_run(checkpoints, whole, tmp_path):

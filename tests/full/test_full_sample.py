@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 from diffusers import UNet2DConditionModel
 from full_runs import train
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 
 from full import sample
 
@@ -59,6 +62,33 @@ def test_the_schedule_is_as_long_as_its_share_needs(steps, strength, length):
     assert int(length * strength) == steps
 
 
+class Watched:
+    """A pipeline that keeps the images that it starts from."""
+
+    def __init__(self, pipe, images):
+        self.pipe, self.images = pipe, images
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def __call__(self, *args, **more):
+        self.images.append(more["image"])
+        return self.pipe(*args, **more)
+
+
+def test_the_timesteps_of_a_pipeline_on_the_hub_are_fetched(tmp_path, monkeypatch):
+    (tmp_path / "add.json").write_text('{"timesteps": [99, 999]}')
+
+    def download(name, file):
+        if name == "someone/else":
+            raise EntryNotFoundError("no add.json")
+        return tmp_path / file
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert sample.timesteps_of("someone/add", 2) == [999, 99]
+    assert sample.timesteps_of("someone/else", 2) is None
+
+
 def test_image_to_image_takes_as_many_steps_as_asked(checkpoints, tmp_path, capsys, monkeypatch):
     pipeline = train(checkpoints, tmp_path)
     forward, calls = UNet2DConditionModel.forward, []
@@ -80,6 +110,17 @@ def test_image_to_image_takes_as_many_steps_as_asked(checkpoints, tmp_path, caps
     assert sample.main(start) == 0 and calls == [499]
     calls.clear()
     assert sample.main([*start, "--steps", "2"]) == 0 and calls == [499, 249]
+    turned = Image.new("RGB", (300, 150))  # a camera's: EXIF says that it lies on its side
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.paste((255, 255, 255), (0, 0, 150, 150))
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    kind, images = sample.place, []
+    monkeypatch.setattr(sample, "place", lambda *a: Watched(kind(*a), images))
+    start[5] = str(tmp_path / "turned.jpg")
+    assert sample.main(start) == 0
+    assert images[0].size == (64, 64)
+    assert images[0].getpixel((32, 2))[0] > 250 > 5 > images[0].getpixel((32, 61))[0]
     assert sample.main([*start, "--strength", "0.2"]) == 2
     assert (
         "--strength 0.2: this student has 4 timesteps, of which that leaves 0"
