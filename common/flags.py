@@ -19,7 +19,7 @@ def option(default, help, choices=(), limits=NUMBERS):
 
 def flag(name):
     """teacher_lr → teacher-lr."""
-    return name.replace("_", "-")
+    return name.rstrip("_").replace("_", "-")  # lambda_ is --lambda
 
 
 def check_choices(settings):
@@ -86,6 +86,7 @@ def add_flags(parser, settings_class, default="default"):
         value = "none" if f.default in ((), "") else show(f.default)
         parser.add_argument(
             f"--{flag(f.name)}",
+            dest=f.name,
             type=parse,
             default=argparse.SUPPRESS,
             metavar="X",

@@ -127,3 +127,7 @@ def test_a_config_that_is_none_is_named(checkpoints, tmp_path, capsys):
         (tmp_path / "config.json").write_text(text)
         assert run.main([*flags(checkpoints, tmp_path), "--resume", "auto"]) == 2
         assert str(tmp_path / "config.json") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_setting_whose_name_python_keeps_for_itself_has_a_plain_flag():
+    assert run.parse_arguments(["--out", "x", "--lambda", "3"])[1] == {"lambda_": 3.0}
