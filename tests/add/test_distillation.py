@@ -5,7 +5,14 @@ import torch
 from helpers import column, draws, generator, make_add, make_batch, moved, optimizers, snapshot
 from torch.nn import functional
 
-from add import Denoiser, NoiseSchedule, distance, distillation_weight, reconstruction_target
+from add import (
+    Denoiser,
+    NoiseSchedule,
+    Student,
+    distance,
+    distillation_weight,
+    reconstruction_target,
+)
 
 # --- the configuration reaches the loss -----------------------------------------------------------
 
@@ -100,6 +107,52 @@ def test_teacher_timesteps_cover_the_schedule_except_zero_snr():
         schedule = NoiseSchedule(torch.tensor([0.9, last], dtype=torch.float64))
         model = make_add(schedule=schedule, student="v", teacher="v", timesteps=(0, 1))
         assert model.student_half(make_batch(64), generator()).t.unique().tolist() == expected
+
+
+def test_the_teachers_schedule_weighs_and_times_the_loss_whatever_the_students():
+    """Two timesteps of the teacher, three of the student, of which the last has zero SNR."""
+    model, batch = (
+        make_add(schedule=NoiseSchedule(torch.tensor([0.81, 0.36])), timesteps=(0, 1)),
+        make_batch(64),
+    )
+    own = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0]))
+    network, model.student = model.student.denoiser.network, None
+    model.student = Student(Denoiser(network, own, "v"), (0, 1, 2))
+    x_hat = make_batch(64, seed=5).x_0
+    losses, target, t = model.double().distillation_loss(x_hat, x_hat, batch, generator())
+    assert t.unique().tolist() == [0, 1]
+    c_t = torch.tensor([0.9, 0.6], dtype=torch.float64)[t]
+    torch.testing.assert_close(losses, c_t * distance(x_hat, target), rtol=1e-6, atol=0)
+
+
+def test_a_range_of_guidance_gives_each_image_of_nfsd_a_scale():
+    """Images of 4 × 2: a scale an image, not one a column."""
+    model, batch = make_add(weight="nfsd", guidance=(2.0, 8.0)), make_batch(64)
+    schedule = model.teacher.schedule
+    model.teacher = Denoiser(lambda x, t, c: c[:, :1, None, None].expand_as(x), schedule)
+    batch.negative_cond = batch.null_cond = torch.zeros_like(batch.null_cond)
+    batch.teacher_cond = torch.ones_like(batch.teacher_cond)
+    x_hat = batch.x_0[..., :2].contiguous()
+    _, target, t = model.distillation_loss(x_hat, x_hat, batch, generator(2))
+    alpha, sigma = column(schedule, t)
+    scales = (x_hat - target) * alpha / sigma  # δ_D is 0 here, δ_C is 1
+    assert (scales.flatten(1).std(1) < 1e-6).all()
+    each = scales[:, 0, 0, 0]
+    assert 2 <= each.min() < 3 and 7 < each.max() <= 8
+
+
+def test_neither_codec_leaves_a_graph():
+    """The VAE may not be frozen by whoever owns it."""
+    model, modes, scale = make_add(), [], torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def codec(x):
+        modes.append(torch.is_grad_enabled())
+        return x * scale
+
+    model.student.denoiser.encode = codec
+    model.teacher.decode = codec
+    half = model.student_half(make_batch(), generator())
+    assert modes == [False, False] and not half.target.requires_grad
 
 
 # --- the spaces of student, teacher and discriminator ---------------------------------------------

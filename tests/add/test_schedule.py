@@ -77,6 +77,12 @@ def test_a_schedule_is_no_part_of_a_checkpoint():
     assert sd_schedule().state_dict() == {}
 
 
+def test_a_schedule_may_stay_level_and_a_batch_may_be_empty():
+    schedule = NoiseSchedule(numbers(0.5, 0.5, 0.25))
+    alpha, sigma = schedule.coefficients(torch.arange(0))
+    assert alpha.shape == sigma.shape == (0, 1, 1, 1)
+
+
 # --- forward process ------------------------------------------------------------------------------
 
 
@@ -126,6 +132,7 @@ def diffuse(x_0, noise, n):
 ALLOWED = ["alphas_cumprod=", "(T,)", "fall monotonically", "[0, 1)"]
 ERRORS = {  # what is done wrong → what the message must say
     "two axes": (lambda: NoiseSchedule(torch.full((3, 2), 0.5)), [*ALLOWED, "(3, 2)"]),
+    "rising once": (lambda: NoiseSchedule(numbers(0.5, 0.25, 0.375)), [*ALLOWED, "0.25…0.5"]),
     "rising": (lambda: NoiseSchedule(numbers(0.25, 0.5)), [*ALLOWED, "0.25…0.5"]),
     "no noise": (lambda: NoiseSchedule(numbers(1.0, 0.5)), [*ALLOWED, "0.5…1.0"]),
     "above 1": (lambda: NoiseSchedule(numbers(1.5, 0.5)), [*ALLOWED, "0.5…1.5"]),

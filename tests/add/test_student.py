@@ -106,6 +106,26 @@ def test_sampling_is_deterministic_under_a_seed():
     assert (network.sample(images(seed=8), cond) - one[0]).abs().max() > 1e-3
 
 
+def test_one_step_is_the_default_and_a_checkpoint_holds_the_network_alone():
+    network, seen = student(), []
+    network.sample(images(), conditions(), on_step=lambda tau, *_: seen.append(tau))
+    assert seen == [999]
+    assert all(name.startswith("denoiser.network.") for name in network.state_dict())
+
+
+def test_a_step_that_begins_above_tau_n_is_diffused_to_it():
+    """Asked for τ_n as the second step: there x̂ is diffused, not thrown away for pure noise."""
+    network, seen = student((249, 499)), []
+    keep = lambda tau, x_s, x_hat: seen.append((x_s, x_hat))  # noqa: E731
+    network.sample(
+        images(), conditions(), timesteps=(999, 499), generator=generator(), on_step=keep
+    )
+    alpha = network.denoiser.schedule.alpha[499]
+    noise = torch.randn(images().shape, dtype=torch.float64, generator=generator())
+    sigma = network.denoiser.schedule.sigma[499]
+    torch.testing.assert_close(seen[1][0], alpha * seen[0][1] + sigma * noise)
+
+
 def test_timesteps_overrule_steps():
     """Three of the released models' demo: (999, 899, 799, 699), which this student was not even
     trained at."""
