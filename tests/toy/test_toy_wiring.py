@@ -140,14 +140,7 @@ def test_the_teacher_is_trained_on_standardized_images_of_which_it_drops_some_la
     own = dict(teacher_steps=8, teacher_batch=48, teacher_widths=(8, 16), precision="fp32")
     own |= dict(teacher_label_dropout=0.25, teacher_lr=0.002)
     for flip in ("true", "false"):
-        stage = stage_at(
-            tmp_path / flip,
-            data=data,
-            flip=flip,
-            teacher_label_dropout=0.25,
-            teacher_lr=0.002,
-            **own,
-        )
+        stage = stage_at(tmp_path / flip, data=data, flip=flip, **own)
         trained, _ = teacher.make_teacher(stage)
     assert flips == [True, False]
     x_t, labels = (torch.cat(x) for x in zip(*seen, strict=True))
