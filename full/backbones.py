@@ -124,7 +124,7 @@ class Backbone:
         except LOAD_ERRORS as error:
             raise BackboneError(f"{name}: cannot be loaded ({brief(error)})") from error
         self.pipe.set_progress_bar_config(disable=True)
-        # Else a line for every caption of more than 77 tokens.
+        # It warns of every caption of more than 77 tokens.
         logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         # transformers makes an empty tokenizer where there are no files.
         for part, tokenizer in self.pipe.components.items():

@@ -42,7 +42,7 @@ def validation(student, backbone, settings):
     device, counts = backbone.device, [k for k in (1, 2, 4) if k <= len(student.timesteps)]
     shape = (backbone.pipe.unet.config.in_channels, size // 8, size // 8)
     images = {k: [] for k in counts}
-    for i in range(0, len(prompts), n):  # what a GPU can train on it can sample
+    for i in range(0, len(prompts), n):  # a batch that can be trained can be sampled
         some = prompts[i : i + n]
         sizes = torch.tensor([[size, size, 0, 0, size, size]] * len(some))
         cond = backbone.with_sizes(backbone.text(some), sizes)

@@ -58,16 +58,14 @@ def trained_timesteps(name):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    path = Path(name) / "add.json"
-    if not Path(name).is_dir():
-        try:
-            path = Path(hf_hub_download(str(name), "add.json"))
-        except EntryNotFoundError:
-            return None
-    if not path.exists():
+    try:
+        local = Path(name).is_dir()
+        path = Path(name) / "add.json" if local else Path(hf_hub_download(str(name), "add.json"))
+        text = path.read_bytes()
+    except (EntryNotFoundError, FileNotFoundError):
         return None
     try:
-        trained = json.loads(path.read_text())["timesteps"]
+        trained = json.loads(text)["timesteps"]
         if not trained or [t for t in range(1000) if t in trained] != trained:
             raise ValueError(f"timesteps {trained} do not rise within 0…999")
     except (ValueError, LookupError, TypeError) as error:
@@ -145,6 +143,7 @@ def sample(arguments):
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
     from PIL import Image, ImageOps
 
+    from common.images import to_rgb
     from full.pictures import read_prompts
 
     prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
@@ -163,7 +162,7 @@ def sample(arguments):
     call = call_of(pipe, arguments.pipeline, arguments.steps, strength=strength)
     if arguments.image:
         try:
-            image = ImageOps.exif_transpose(Image.open(arguments.image)).convert("RGB")
+            image = to_rgb(Image.open(arguments.image))
         except OSError as error:
             raise ValueError(f"--image {arguments.image}: cannot be read ({error})") from error
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -91,10 +91,10 @@ class TwoMachines:
     num_processes, is_main_process, device = 2, False, torch.device("cpu")
 
     def __init__(self, unseen):
-        self.unseen, self.waited = unseen, 0
+        self.unseen = unseen
 
     def wait_for_everyone(self):
-        self.waited += 1
+        pass
 
     def reduce(self, x, how):
         assert how == "sum" and x.item() == self.unseen

@@ -2,23 +2,18 @@
 
 import torch
 from torch import nn
-from toy_runs import make_teacher, stage_at
+from toy_runs import make_teacher, noise_data, stage_at
 
-from toy.data import Dataset
 from toy.rivals.pairs import Pairs
 
 
 def make(rival, folder, steps=4, guidance=2.0, lr=1e-2, clip=None, **more):
     """A rival's training on random images of three classes, 8 × 8."""
-    draws = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (12, 1, 8, 8), generator=draws).byte()
-    labels = torch.arange(12) % 3
-    data = Dataset("random", images, labels, images, labels, ("a", "b", "c"))
-    stage = stage_at(folder, data=data, distil_batch=4, precision="fp32", flip="false")
+    stage = stage_at(folder, data=noise_data(12), distil_batch=4, precision="fp32", flip="false")
     teacher = make_teacher().eval().requires_grad_(False)
     teacher.clip = clip  # none: else most of what random weights give would have no gradient
     if rival.PAIRS:
-        z = torch.randn(8, 1, 8, 8, generator=draws)
+        z = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         more.setdefault("pairs", Pairs(z, z.flip(3), torch.arange(8) % 3))
     return rival(stage, teacher, lr, steps, guidance, **more)
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rival_runs import weights
 from torch.nn import functional
-from toy_runs import make_teacher, stage_at
+from toy_runs import make_teacher, noise_data, stage_at
 
 from add import ADDConfig
 from toy import compare, evaluate, metrics, samplers, teacher, testbed
 from toy import distil as distillation
-from toy.data import Dataset
 from toy.features import TeacherEncoder
 from toy.methods import METHODS, settings_of
 from toy.networks import UNet
@@ -21,17 +21,6 @@ CPU = torch.device("cpu")
 SMALL = dict(
     distil_batch=4, distil_steps=3, distil_head_width=8, distil_student_lr=1e-3, precision="fp32"
 )
-
-
-def noise_data(n=16):
-    """Random bytes of three classes."""
-    images = torch.randint(256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    labels = torch.arange(n) % 3
-    return Dataset("noise", images, labels, images, labels, ("a", "b", "c"))
-
-
-def numbers(network):
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
 # Training =========================================================================================
@@ -103,7 +92,7 @@ def test_the_distilled_student_and_the_teacher_have_their_averages_weights(tmp_p
     )
     trained, _ = teacher.make_teacher(stage)
     for network, average in zip((student.denoiser.network, trained.network), kept, strict=True):
-        assert numbers(network).equal(numbers(average.module))
+        assert weights(network).equal(weights(average.module))
     assert not trained.training and not student.training
     # The average is not what was trained: it is what a checkpoint keeps beside it.
     for folder in ("d", "t"):

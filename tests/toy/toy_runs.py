@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from trust import ROOT
 
-from toy.data import DataError, load
+from toy.data import DataError, Dataset, load
 from toy.loop import CLOCKED, Stage
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
@@ -62,6 +62,13 @@ def make_teacher(**more):
     for p in teacher.parameters():
         nn.init.normal_(p, std=0.2)
     return teacher
+
+
+def noise_data(n=16):
+    """Random bytes of three classes, 8 × 8."""
+    images = torch.randint(256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.arange(n) % 3
+    return Dataset("noise", images, labels, images, labels, ("a", "b", "c"))
 
 
 def error_of(*args, **kwargs):
