@@ -9,11 +9,12 @@ from functools import cached_property
 
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from torch import nn
 
 from add import Denoiser, NoiseSchedule
 from common.errors import brief
-from full.settings import from_name
+from full.settings import from_name, torch_dtype
 
 # diffusers' names → add.py's.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x_0"}
@@ -182,18 +183,19 @@ class Backbone:
 
     # Parts for add.py -----------------------------------------------------------------------------
 
-    def read_unet(self, settings):
-        """A U-Net in float32: the checkpoint's, or of the same shape and random."""
+    def read_unet(self, settings, dtype):
+        """A U-Net: the checkpoint's in that dtype, or of the same shape and random in float32."""
         if settings.init == "random":
             return UNet2DConditionModel.from_config(self.pipe.unet.config)
         variant = {"variant": settings.variant} if settings.variant else {}
         return UNet2DConditionModel.from_pretrained(
-            self.path, subfolder="unet", dtype=torch.float32, **variant
+            self.path, subfolder="unet", dtype=dtype, **variant
         )
 
-    def load_student_unet(self, settings):
-        """A trainable U-Net, with LoRA if asked for."""
-        unet = self.read_unet(settings)
+    def load_student_unet(self, settings, frozen=torch.float32):
+        """A trainable U-Net in float32, with LoRA if asked for; then all but the adapters is frozen,
+        in that dtype."""
+        unet = self.read_unet(settings, frozen if settings.lora_rank else torch.float32)
         # What the saved pipeline draws by default.
         unet.register_to_config(sample_size=settings.resolution // 8)
         if settings.lora_rank:
@@ -203,6 +205,7 @@ class Backbone:
             unet.requires_grad_(False)
             rank = settings.lora_rank
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+            cast_training_params(unet, torch.float32)
         if settings.checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -240,7 +243,8 @@ def make_student_denoiser(backbone, latents, settings):
     schedule = copy.deepcopy(backbone.schedule)
     if settings.rescales(backbone.prediction) and not schedule.has_zero_terminal_snr:
         schedule = schedule.zero_terminal_snr()
-    network = UNet(backbone.load_student_unet(settings)).to(backbone.device)
+    unet = backbone.load_student_unet(settings, torch_dtype(settings.precision))
+    network = UNet(unet).to(backbone.device)
     return Denoiser(network, schedule, backbone.prediction, latents.encode, latents.decode)
 
 

@@ -26,7 +26,7 @@ def network_state(trainer):
     """The trainable parameters, whole and on the CPU. Every process calls it, the first has
     them."""
     if trainer.sharded:
-        options = dcp.StateDictOptions(**WHOLE)
+        options = dcp.StateDictOptions(**WHOLE, ignore_frozen_params=True)
         return dcp.get_model_state_dict(trainer.network, options=options)
     if not trainer.accelerator.is_main_process:
         return {}

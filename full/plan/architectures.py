@@ -198,9 +198,9 @@ class MetaBackbone(Backbone):
             "added_cond_kwargs": {"text_embeds": outputs[1].text_embeds},
         }
 
-    def read_unet(self, settings):
+    def read_unet(self, settings, dtype):
         """A U-Net of the same shape: there are no weights to read."""
-        return UNet2DConditionModel.from_config(self.pipe.unet.config)
+        return nn.Module.to(UNet2DConditionModel.from_config(self.pipe.unet.config), dtype)
 
     def load_tiny_decoder(self, name):
         """TAESD for SD and SDXL, which is diffusers' default AutoencoderTiny, or a folder's."""

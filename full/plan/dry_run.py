@@ -98,8 +98,10 @@ class Autocast:
     def cast(self, p):
         """p in bfloat16; kept until the call ends if it needs a gradient, as torch.autocast keeps
         it. None stays None."""
-        if p is None or p in self.casts:
-            return p if p is None else self.casts[p]
+        if p is None or p.dtype == torch.bfloat16:
+            return p
+        if p in self.casts:
+            return self.casts[p]
         cast = p.bfloat16()
         self.meter().add(cast, "copies")
         if self.inside and p.requires_grad:

@@ -46,7 +46,7 @@ GPUS = {
     "l40s-48": Gpu(44.4 * 2**30, 362e12, 32e9),
 }
 KINDS = {  # of memory, as dry_run.py has them → rows of the report
-    "weights": "student's weights (float32)",
+    "weights": "student's weights",
     "gradients": "gradients (float32)",
     "optimiser": "optimiser, with its temporaries",
     "average": "moving average (float32)",

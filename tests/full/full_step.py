@@ -137,15 +137,22 @@ def state_of(trainer):
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
 
+def frozen_of(trainer):
+    """This process's part of what is not trained."""
+    frozen = (p.detach() for p in trainer.network.parameters() if not p.requires_grad)
+    return [p.to_local().clone() if hasattr(p, "to_local") else p.clone() for p in frozen]
+
+
 def assert_a_checkpoint_comes_back(trainer, rows, tape):
     """Save it, move on, load it."""
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    state = state_of(trainer)
+    state, frozen = state_of(trainer), frozen_of(trainer)
     checkpoint.save(trainer)
     iterate(trainer, 9, rows, tape)
     moved = checkpoint.network_state(trainer)
     checkpoint.resume(trainer, "auto")
     again = checkpoint.network_state(trainer)
+    assert all(map(torch.equal, frozen_of(trainer), frozen))
     if trainer.accelerator.is_main_process:
         assert any(not torch.equal(moved[k], state[k]) for k in state)
         assert all(torch.equal(again[k], state[k]) for k in state), "it did not come back"

@@ -16,13 +16,21 @@ from full import parts
 HERE = Path(__file__).resolve().parent
 
 
-def launch(mode, root, out, precision):
+def launch(mode, root, out, precision, lora_rank=0):
     """What MODE trained, in new processes."""
     command = [sys.executable]
+    out.mkdir(exist_ok=True)
     if mode in ("ddp", "fsdp"):
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     more = flags(
-        root, out / "run", batch=8, ema=0.5, precision=precision, augment="", features_crop=0
+        root,
+        out / "run",
+        batch=8,
+        ema=0.5,
+        precision=precision,
+        augment="",
+        features_crop=0,
+        lora_rank=lora_rank,
     )
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
@@ -83,6 +91,17 @@ def test_a_divided_batch_trains_as_the_whole_one(checkpoints, tmp_path, whole, m
         assert torch.allclose(
             state["log"][name], expected["log"][name], rtol=1e-3 if precision == "fp32" else 0.02
         ), name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_lora_is_divided_too_and_saves_its_adapters_alone(checkpoints, tmp_path, mode):
+    expected = launch("whole", checkpoints, tmp_path / "whole", "bf16", lora_rank=2)
+    state = launch(mode, checkpoints, tmp_path / mode, "bf16", lora_rank=2)
+    assert state["network"].keys() == expected["network"].keys()
+    assert all("lora" in name for name in state["network"])
+    moved = {k: v for k, v in expected["network"].items() if "lora_B" in k}  # from 0
+    length = distance(moved, {k: torch.zeros_like(v) for k, v in moved.items()})
+    assert 0 < distance(moved, state["network"]) < 0.05 * length
 
 
 class TwoMachines:

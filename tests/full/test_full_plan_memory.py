@@ -313,7 +313,8 @@ def test_what_shrinks_gradients_and_optimiser(bare, planned):
     )
     for kind in ("gradients", "optimiser", "average"):
         assert 0 < lora[kind] < 0.1 * plain[kind]
-    assert lora["weights"] > plain["weights"]
+    # The frozen base in bf16, and adapters in float32.
+    assert plain["weights"] / 2 < lora["weights"] < 0.6 * plain["weights"]
     parameters = plain["weights"] / 4
     assert plain["optimiser"] == pytest.approx(12 * parameters, rel=0.05)
     assert small["optimiser"] == pytest.approx(2 * parameters * (1 + 4 / 256), rel=0.02)

@@ -15,7 +15,7 @@ from add import Student
 from common.flags import from_dict
 from full import run, sample
 from full.backbones import Backbone, make_student_denoiser
-from full.settings import Settings
+from full.settings import Settings, torch_dtype
 from full.train import Trainer
 
 
@@ -175,12 +175,23 @@ def test_the_teachers_encoder_resumes_with_its_own_draws(checkpoints, tmp_path):
     assert (tmp_path / "whole" / "pictures" / "targets_0000004.png").exists()
 
 
-def test_lora_trains_adapters_and_is_merged_into_the_pipeline(checkpoints, tmp_path):
-    pipeline = train(checkpoints, tmp_path, lora_rank=2)
+@pytest.mark.usefixtures("another_precision")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_trains_adapters_and_is_merged_into_the_pipeline(checkpoints, tmp_path, precision):
+    pipeline = train(checkpoints, tmp_path, lora_rank=2, precision=precision)
     before, after = weights(checkpoints / "sd15"), weights(pipeline)
-    changed = {k for k in before if not torch.allclose(before[k], after[k], atol=1e-7)}
+    changed = {k for k in before if not torch.equal(before[k], after[k])}  # nothing is rounded
     assert before.keys() == after.keys() and changed
     assert all(any(f".{n}." in k for n in ("to_q", "to_k", "to_v", "to_out")) for k in changed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_keeps_the_frozen_base_in_the_dtype_of_frozen_networks(checkpoints, precision):
+    settings = Settings(lora_rank=2, precision=precision)
+    backbone = Backbone(str(checkpoints / "sd15"), torch.float32, torch.device("cpu"))
+    network = make_student_denoiser(backbone, backbone.load_latents(settings), settings).network
+    types = {(p.requires_grad, p.dtype) for p in network.parameters()}
+    assert types == {(True, torch.float32), (False, torch_dtype(precision))}
 
 
 @pytest.mark.parametrize("backbone", ["sd15", "sdxl"])
