@@ -193,7 +193,7 @@ class Backbone:
         )
 
     def load_student_unet(self, settings, frozen=torch.float32):
-        """A trainable U-Net in float32, with LoRA if asked for; then all but the adapters is frozen,
+        """A trainable U-Net in float32. With LoRA only the adapters are, and the rest is frozen and
         in that dtype."""
         unet = self.read_unet(settings, frozen if settings.lora_rank else torch.float32)
         # What the saved pipeline draws by default.
