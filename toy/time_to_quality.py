@@ -90,13 +90,16 @@ def run_cells(arguments, cells, device):
     for seed in arguments.seeds:
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
-        if not cells.read("teacher", base, bed.origin):
+        curve = cells.read("curve", base, bed.origin)
+        missing = not curve or curve.get("every", EVERY) != arguments.every
+        if stored := cells.read("teacher", base, bed.origin):
+            bed.check_teacher(stored, missing)
+        else:
             teacher = bed.teacher(base)
             guidance = bed.scorer.guided(teacher)[2]
             rows = [bed.scorer.teacher(teacher, steps, guidance) for steps in TEACHER_STEPS]
             cells.write("teacher", base, bed, rows, 0)
-        curve = cells.read("curve", base, bed.origin)
-        if not curve or curve.get("every", EVERY) != arguments.every:
+        if missing:
             curve, stage = train(bed, arguments.every)
             cells.write("curve", base, bed, curve.rows, curve.seconds, every=arguments.every)
             clean(stage)

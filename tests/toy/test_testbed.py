@@ -294,6 +294,15 @@ def test_a_stopped_curve_goes_on_to_the_same_figures(tmp_path, capsys, monkeypat
     same = ("iteration", "fd", "precision", "recall", "accuracy")
     for before, now in zip(cell["rows"], again["rows"], strict=True):
         assert all(before[name] == now[name] for name in same)
+    # Nor is a curve held against another teacher's distances.
+    teacher[0]["fd"] += 1
+    cell = json.loads((folder / "teacher-seed0.json").read_text()) | {"rows": teacher}
+    (folder / "teacher-seed0.json").write_text(json.dumps(cell))
+    shutil.rmtree(tmp_path / "work")
+    assert main_in_process(time_to_quality, flags, capsys)[0] == 0  # its curve is done
+    (folder / "curve-seed0.json").unlink()
+    code, err = main_in_process(time_to_quality, flags, capsys)
+    assert code == 2 and "--out: its cells of seed 0 are of another teacher" in err
 
 
 def test_scores_every_zero_iterations_are_refused(tmp_path, capsys):
