@@ -155,7 +155,7 @@ def fill(text, page="README.md"):
         if missing := [name for name in names if not there(name)]:
             raise ValueError(f"{page}: `{marker}` names {missing[0]}, which is not in results/")
         if kind == "report":
-            lines = [table(names[0], "Figures")]
+            lines = [table(names[0], "Numbers")]
         else:
             lines = {"summary": summary, "short": short}[kind](names, folder)
         return "\n".join([marker, *lines, "<!-- end -->"])

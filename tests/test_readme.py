@@ -15,7 +15,7 @@ REPORT = """# ADD on digits
 
 `COMMAND` · preset `cpu` · seed 3 · 1 CPU threads · commit abc1234
 
-## Figures
+## Numbers
 
 | | steps |
 |---|---|
@@ -136,7 +136,7 @@ def test_a_kept_run_hides_where_it_and_its_data_lay_and_nothing_else(elsewhere, 
     assert "old" not in readme and readme.endswith("| teacher | 50 |\n<!-- end -->\nprose\n")
     other = (elsewhere / "results/README.md").read_text()
     assert other == readme.replace("prose", "more")
-    assert table("x", "Figures").splitlines() == ["| | steps |", "|---|---|", "| teacher | 50 |"]
+    assert table("x", "Numbers").splitlines() == ["| | steps |", "|---|---|", "| teacher | 50 |"]
 
 
 def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):

@@ -368,14 +368,14 @@ def write_page(out, cells, base, arguments, command):
         "distances says so at 95 %; otherwise it is *within noise*. The last two columns are the "
         "first row's precision and accuracy minus the second's, ± the 95 % margin; a difference "
         "beyond it is bold. Of so many claims one may hold, or not, by chance. The paper's "
-        "figures are FID and CLIP score on COCO, of one training each.",
+        "numbers are FID and CLIP score on COCO, of one training each.",
         "",
         *judge(PAPER, found, "the paper"),
         "",
     ]
     asserted = judge(DESIGN, found, "assertion")
     if len(asserted) > 2:  # more than a head
-        lines += ["## What it asserts without figures", "", *asserted, ""]
+        lines += ["## What it asserts without numbers", "", *asserted, ""]
     write_text(out.with_suffix(".md"), "\n".join(lines))
     draw(out.with_suffix(".png"), found)
 

@@ -125,7 +125,7 @@ def health(log):
 
 
 def explanation(results, guidances):
-    """What the figures of the table are."""
+    """What the numbers of the table are."""
     n, tests = f"{results['n']:,}", f"{results['test_images']:,}"
     return (
         "The Fréchet distance is taken in the 64 features of this run's metric network (a small "
@@ -180,7 +180,7 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         "",
         "![teacher and student from the same noise](comparison.png)",
         "",
-        "## Figures",
+        "## Numbers",
         "",
         *table(results),
         "",

@@ -160,7 +160,7 @@ class Settings:
     distil_local_norm: bool = option(True, "local batch norm in the heads")
 
     eval_images: int = option(
-        1000, "generated images that each figure is taken from", limits=(20, 10**6)
+        1000, "generated images that each number is taken from", limits=(20, 10**6)
     )
     eval_guidances: tuple[float, ...] = option(
         (2.0, 3.0),
