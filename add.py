@@ -107,7 +107,7 @@ class NoiseSchedule(nn.Module):
         """(α_t, σ_t), each (B, 1, 1, 1), for integers t (B,). ValueError if t is out of range."""
         if t.ndim != 1 or t.is_floating_point() or self.alpha.dtype.itemsize < 4:
             got = f"t is {tuple(t.shape)}, {t.dtype}; the schedule {self.alpha.dtype}"
-            raise ValueError(f"{got}; expected integers of shape (B,), and float32 or more")
+            raise ValueError(f"{got}; t must be integers (B,), the schedule float32 or more")
         if t.device.type == "cpu" and len(t):  # on a GPU it would force a wait
             low, high = t.min().item(), t.max().item()
             if not 0 <= low <= high < len(self):
@@ -118,7 +118,7 @@ class NoiseSchedule(nn.Module):
         """x_t = α_t x_0 + σ_t ε; x_0 and noise (B, C, H, W), t (B,). ValueError if they differ."""
         if x_0.shape != noise.shape or x_0.ndim != 4 or len(t) != len(x_0):
             shapes = [tuple(x.shape) for x in (x_0, noise, t)]
-            raise ValueError(f"x_0, noise, t are {shapes}; expected twice (B, C, H, W), and (B,)")
+            raise ValueError(f"x_0, noise, t are {shapes}; expected (B, C, H, W) for both, (B,)")
         alpha, sigma = self.coefficients(t)
         return alpha * x_0 + sigma * noise
 
@@ -142,9 +142,9 @@ def to_x_0_and_epsilon(output, x_t, alpha, sigma, prediction):
 class Denoiser(nn.Module):
     """A network f(x_t, t, cond) with its schedule; denoiser(x_t, t, cond) is x̂_0.
 
-    encode and decode, functions, go from pixels (B, 3, H, W) in [-1, 1] to the space that is
-    diffused, and back. Whoever owns the VAE moves, casts and freezes it. clip takes x̂_0 to the
-    range of images (static thresholding, Saharia et al. 2022).
+    encode is a function from pixels (B, C, H, W) in [-1, 1] to the space that is diffused; decode
+    goes back. The caller moves, casts and freezes the VAE behind them. clip takes x̂_0 to the range
+    of images (static thresholding, Saharia et al. 2022).
     """
 
     def __init__(
@@ -251,8 +251,8 @@ class Student(nn.Module):
 
 # 4. Discriminator (§3.2; StyleGAN-T, Sauer et al. 2023): heads on a frozen network's features =====
 class LocalBatchNorm(nn.Module):
-    """Batch norm of (C, B, N) over groups of at most 8 samples, which differ by one sample if 8
-    does not divide B; without running statistics."""
+    """Batch norm of (C, B, N) over groups of at most 8 samples, equal in size or differing by one;
+    without running statistics."""
 
     def __init__(self, channels, group_size=8, eps=1e-5):
         super().__init__()
@@ -453,7 +453,8 @@ class ADDConfig:
         pair = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
         rising = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
         rising = rising and -math.inf < pair[0] <= pair[1] < math.inf
-        steps, most = self.teacher_steps, 1 if self.weight == "nfsd" else 1000
+        steps, nfsd = self.teacher_steps, self.weight == "nfsd"
+        countable = type(steps) is int and 0 < steps <= (1 if nfsd else 1000)
         for name, allowed, rule in (
             ("weight", self.weight in WEIGHTS, f"one of {WEIGHTS}"),
             ("space", self.space in ("pixel", "latent"), "'pixel' or 'latent'"),
@@ -461,7 +462,7 @@ class ADDConfig:
             ("lambda_", 0 <= self.lambda_ < math.inf, "finite and at least 0"),
             ("gamma", 0 <= self.gamma < math.inf, "finite and at least 0"),
             ("guidance", rising, "a number, or a rising pair"),
-            ("teacher_steps", type(steps) is int and 0 < steps <= most, f"from 1 to {most}"),
+            ("teacher_steps", countable, "1 with nfsd" if nfsd else "from 1 to 1000"),
         ):
             if not allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
@@ -578,8 +579,8 @@ class ADD(nn.Module):
         )  # fmt: skip
 
     def distillation_loss(self, x, x_hat, batch, generator=None):
-        """L_distill of each sample (B,), its target and t, for x̂_θ as the loss takes it (x) and in
-        the student's space (x_hat)."""
+        """(L_distill of each sample (B,), target, t). x_hat is x̂_θ in the student's space; x is it
+        decoded or, for a loss in shared latents, a view of it."""
         config, teacher, latents = self.config, self.teacher, x_hat  # what the teacher diffuses
         if not config.shared_latents and config.space == "latent":
             latents = x = teacher.encode(x)

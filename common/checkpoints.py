@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, read without running anything."""
+"""Checkpoints that are written whole or not at all, and read without running any code."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ import torch
 
 from common.errors import explain
 
-# Behind what torch.save wrote, with eight hex digits of its CRC-32 after it; torch.load ignores it.
+# Follows torch.save's output, and is followed by its CRC-32 in hex; torch.load ignores both.
 TRAILER = b"\nADD checkpoint 1 "
 
 
@@ -125,5 +125,5 @@ def read_last(path, device="cpu"):
                 continue
             return state
     if failed:
-        raise CheckpointError(f"{failed}, nor is one before it; remove it to start over")
+        raise CheckpointError(f"{failed}; no copy of it can be read; remove {path}* to start over")
     return None

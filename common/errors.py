@@ -1,4 +1,4 @@
-"""Errors in the words of one line, for whoever called the program."""
+"""One-line error messages for the user of a program."""
 
 import errno
 

@@ -37,7 +37,7 @@ def load_fid(path):
         AttributeError,
         TypeError,
     ) as error:
-        where = f"{path}: no Inception weights" if path else "(none given): the download failed"
+        where = f"{path}: no Inception weights" if path else "(automatic): the download failed"
         raise ValueError(
             f"--inception {where} ({brief(error)}); fetch {url} and name that file"
         ) from error

@@ -1,5 +1,5 @@
-"""A frozen dataclass of settings is the defaults, the command line, --help, config.json and the
-header of a log: what toy/ and full/ both need to make it so."""
+"""Makes one frozen dataclass of settings the source of defaults, command-line flags, --help,
+config.json and a log's header, for toy/ and full/."""
 
 import argparse
 import dataclasses
@@ -99,7 +99,7 @@ def add_page_flags(parser):
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="who may see the page (default: 127.0.0.1, this machine alone)",
+        help="address to listen on (default: 127.0.0.1, reachable from this machine alone)",
     )
     parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
 

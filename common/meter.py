@@ -40,7 +40,7 @@ class Meter(TorchDispatchMode):
             if t.untyped_storage()._cdata not in given:  # neither a view nor changed in place
                 self.add(t)
         if count := flop_registry.get(func._overloadpacket):
-            # float32 is named as GPUs may compute it.
+            # GPUs may compute float32 as TF32: it counts under that name.
             rate = "tf32" if tensors[0].dtype == torch.float32 else "bf16"
             self.flops[self.part, rate] += count(*args, **kwargs, out_val=out)
         return out

@@ -24,8 +24,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def postponed_signals():
-    """No step is cut in half: inside, the first of STOPPING only fills the list that this yields,
-    and says so. A second one stops at once."""
+    """Let the current step finish: inside, the first signal of STOPPING is only appended to the
+    list that this yields, and announced. A second one stops at once."""
     received = []
 
     def handler(number, frame):

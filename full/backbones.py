@@ -47,8 +47,8 @@ class BackboneError(ValueError):
 
 
 class Float32Conv2d(nn.Conv2d):
-    """The U-Net's last layer: ε is not rounded to half precision, for x̂_0 has 14.6 times its error
-    at t = 999."""
+    """The U-Net's last layer: ε stays in float32, because x̂_0 has 14.6 times the error of ε at
+    t = 999."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -65,7 +65,7 @@ class UNet(nn.Module):
         unet.conv_out.__class__ = Float32Conv2d  # the same parameters under the same names
 
     def forward(self, x_t, t, cond):
-        # Asked here: FSDP2 gathers weights in another one than it keeps.
+        # Read on every call: FSDP2 gathers weights in another dtype than it stores.
         dtype = self.unet.conv_in.weight.dtype
         cond = {
             k: {n: v.to(dtype) for n, v in c.items()} if isinstance(c, dict) else c.to(dtype)

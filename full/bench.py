@@ -28,7 +28,7 @@ from common.flags import add_flags, from_dict
 from common.meter import least_seconds, measure
 from common.origin import commit, machine
 from full import random_weights
-from full.parts import TrainingError, make_accelerator
+from full.parts import make_accelerator
 from full.plan.labels import HEADS, Labelled
 from full.plan.plan import GPUS, Plan
 from full.settings import BACKBONES, Settings
@@ -314,10 +314,10 @@ def main(argv=None):
     try:
         if arguments.iterations < 1 or min(arguments.batches) < 1:
             raise ValueError("--iterations, --batches: must be at least 1")
-        if arguments.random and given.get("backbone", "sd21") not in BACKBONES:
+        if arguments.random and given.get("backbone", Settings.backbone) not in BACKBONES:
             raise ValueError(f"--random: --backbone must be one of {', '.join(BACKBONES)}")
         run(arguments, given)
-    except (ValueError, OSError, TrainingError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         if arguments.debug:
             raise
         print(f"full/bench.py: {one_line(error)}", file=sys.stderr)

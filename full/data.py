@@ -346,8 +346,8 @@ class Stream(IterableDataset):
                 self.start, self.position = after, 0
             if not good:
                 raise DataError(
-                    f"--data {self.settings.data}: not one usable sample, {skipped} of them "
-                    f"unreadable; the last: {reason}"
+                    f"--data {self.settings.data}: no usable sample; {skipped} were unreadable; "
+                    f"the last problem: {reason}"
                 )
             self.epoch, self.start = self.epoch + 1, None
 

@@ -24,20 +24,20 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or hub repository")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else fp16")
     parser.add_argument("--device", help="default: cuda if it is there, else cpu")
     add_page_flags(parser)
     return parser.parse_args(argv)
 
 
-def make_draw(pipe, folder):
+def make_draw(pipe, name):
     """A function of prompt, steps and seed that gives an image and how long it took."""
     import torch
 
     def draw(prompt, steps, seed):
         generator = torch.Generator(pipe.device).manual_seed(int(seed or 0))
         began = time.perf_counter()
-        image = pipe(prompt, generator=generator, **call_of(pipe, folder, int(steps))).images[0]
+        image = pipe(prompt, generator=generator, **call_of(pipe, name, int(steps))).images[0]
         return image, f"{1000 * (time.perf_counter() - began):.0f} ms"
 
     return draw

@@ -1,4 +1,4 @@
-"""What the discriminator looks through and is told: F of Table 1a, c_text and c_img of Table 1b."""
+"""The discriminator's feature network F (Table 1a), and its conditions c_text and c_img (1b)."""
 
 import torch
 from einops import rearrange
@@ -57,10 +57,8 @@ class VisionTransformer(nn.Module):
         self.size = size or config.image_size
         patch, blocks = config.patch_size, config.num_hidden_layers
         if self.size % patch:
-            raise BackboneError(
-                f"--{what}-size {self.size}: must be a multiple of {patch}, the patch of this "
-                "network"
-            )
+            given = f"--{what}-size {size}" if size else f"--{what}: its image size, {self.size}"
+            raise BackboneError(f"{given}: must be a multiple of {patch}, the network's patch")
         if blocks < 4:
             raise BackboneError(f"--{what}: a network of {blocks} blocks; four are read")
         # Places in hidden_states, whose first is the embedding.
@@ -150,6 +148,17 @@ def unit_scale(x):
     return x * (x.shape[1] ** 0.5) / x.norm(dim=1, keepdim=True)
 
 
+def open_clip_source(name):
+    """(model, weights) for open_clip of MODEL/WEIGHTS; of hf-hub:REPOSITORY or a folder, whose
+    weights are its own, (it, None)."""
+    import open_clip
+
+    model, _, weights = name.partition("/")
+    if weights and model in open_clip.list_models():
+        return model, weights
+    return name if name.startswith("hf-hub:") else f"local-dir:{name}", None
+
+
 class TextFeatures:
     """CLIP's text encoder by open_clip: a list of B prompts → c_text (B, C), mean square 1."""
 
@@ -157,14 +166,7 @@ class TextFeatures:
         import open_clip
 
         try:
-            if (
-                "/" in name
-                and not name.startswith((".", "/"))
-                and name.split("/")[0] in open_clip.list_models()
-            ):
-                model, weights = name.split("/")
-            else:
-                model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
+            model, weights = open_clip_source(name)
             # Without require_pretrained its weights could be random.
             network = open_clip.create_model(model, pretrained=weights, require_pretrained=True)
             self.tokenize = open_clip.get_tokenizer(model)

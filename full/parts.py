@@ -26,12 +26,12 @@ from full.features import TeacherEncoder, TextFeatures, VisionTransformer, load_
 from full.settings import torch_dtype
 
 
-class TrainingError(Exception):
+class TrainingError(ValueError):
     """A run that cannot start or go on; the message is one line."""
 
 
 def make_accelerator(settings, folder):
-    """accelerate's Accelerator. TrainingError where the processes asked for are not to be had."""
+    """accelerate's Accelerator. TrainingError if the launched processes do not see each other."""
     if settings.precision == "bf16" and not torch.cuda.is_available():
         print(
             "--precision bf16: without a CUDA GPU this is slow, on most processors slower than "
@@ -162,8 +162,8 @@ class Parts:
             teacher.network.compile()
         if settings.features == "teacher" and not shared:
             raise TrainingError(
-                f"--features teacher: {settings.teacher} and {settings.backbone} have other "
-                "latents; take another F, or teacher"
+                f"--features teacher: {settings.teacher} and {settings.backbone} have different "
+                "latents; choose another --features or --teacher"
             )
         discriminator = self._make_discriminator(frozen, teacher)
         return ADD(student, teacher, discriminator, self._make_config(shared))

@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common.checkpoints import write_text
+from common.checkpoints import CheckpointError, write_text
 from common.device import be_deterministic
 from common.errors import one_line
-from common.flags import add_flags, from_dict
+from common.flags import add_flags, from_dict, show
 from common.origin import commit
 from common.stopping import stop_on_signals
 from full.settings import Settings
@@ -130,8 +130,7 @@ def run(arguments, given):
             flush=True,
         )
     values = {
-        k: ",".join(map(str, v)) if isinstance(v, tuple) else v
-        for k, v in dataclasses.asdict(settings).items()
+        k: show(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()
     }
     accelerator.init_trackers("add", config=values)
     folder = trainer.run()
@@ -149,17 +148,13 @@ def main(argv=None):
         folder = run(arguments, given)
     except KeyboardInterrupt as stop:
         print(
-            f"\nstopped by {stop or 'Ctrl-C'}; the same command with --resume auto continues from "
-            "the last checkpoint",
+            f"\nstopped by {str(stop) or 'Ctrl-C'}; the same command with --resume auto continues "
+            "from the last checkpoint",
             file=sys.stderr,
         )
         return getattr(stop, "code", 130)
-    except Exception as error:
-        mistakes = isinstance(error, (ValueError, OSError)) or type(error).__name__ in (
-            "TrainingError",
-            "CheckpointError",
-        )
-        if arguments.debug or not mistakes:
+    except (ValueError, OSError, CheckpointError) as error:
+        if arguments.debug:
             raise
         print(f"full/run.py: {one_line(error)}", file=sys.stderr)
         return 2

@@ -43,7 +43,7 @@ def parse_arguments(argv):
         default=0.5,
         help="how much of --image is redrawn, in (0, 1] (default: 0.5)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 with CUDA, else fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else fp16")
     parser.add_argument("--device", help="default: cuda if it is there, else cpu")
     parser.add_argument(
         "--out", type=Path, default=Path("samples"), help="folder of the images (default: samples)"
@@ -105,7 +105,7 @@ def place(kind, arguments):
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = arguments.dtype or ("fp16" if device != "cpu" else "fp32")
+    name = arguments.dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")
     return load_pipeline(kind, arguments.pipeline, torch_dtype(name)).to(device)
 
 
@@ -118,7 +118,7 @@ def schedule_length(steps, strength):
     return n
 
 
-def call_of(pipe, folder, steps, flag="--steps", strength=1.0):
+def call_of(pipe, name, steps, flag="--steps", strength=1.0):
     """The arguments of a student's call for `steps` network evaluations, of the last `strength` of
     its schedule. ValueError: more than it was trained for."""
     trained = getattr(pipe.scheduler.config, "original_inference_steps", None)
@@ -131,14 +131,14 @@ def call_of(pipe, folder, steps, flag="--steps", strength=1.0):
             f"{int(trained * strength)}, fewer than {flag} {asked}; use a strength of at least "
             f"{asked / trained:g}"
         )
-    custom = timesteps_of(folder, steps)
+    custom = timesteps_of(name, steps)
     return ({"timesteps": custom} if custom else {"num_inference_steps": steps}) | {
         "guidance_scale": 0.0
     }
 
 
 def sample(arguments):
-    """Write the images; returns their paths. ValueError for what cannot be."""
+    """Write the images; returns their paths. ValueError for invalid arguments."""
     import torch
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
     from PIL import Image, ImageOps

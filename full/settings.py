@@ -77,7 +77,7 @@ class Settings:
     )
     augment: tuple[str, ...] = option(
         ("color", "translation", "cutout"),
-        "DiffAugment before F, not with --features teacher; none: ''",
+        "DiffAugment before F ('' for none); ignored with --features teacher",
         ("color", "translation", "cutout"),
     )
     c_text: str = option(
@@ -97,8 +97,8 @@ class Settings:
     )
     guidance: tuple[float, ...] = option(
         (),
-        "the teacher's guidance; two numbers: drawn between them; none: 1, and 7.5 with --weight "
-        "nfsd",
+        "the teacher's guidance; two numbers are a range to draw from; unset: 1, or 7.5 with "
+        "--weight nfsd",
         limits=(-100, 100),
     )
     teacher_steps: int = option(
@@ -237,7 +237,7 @@ def from_name(name):
 def as_table(settings):
     """Markdown rows of the settings that differ from the defaults."""
     rows = [
-        [f"`--{flag(f.name)}`", f"`{getattr(settings, f.name)}`"]
+        [f"`--{flag(f.name)}`", f"`{show(getattr(settings, f.name))}`"]
         for f in dataclasses.fields(settings)
         if getattr(settings, f.name) != f.default
     ]

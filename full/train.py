@@ -68,7 +68,7 @@ class Trainer(Parts):
         return (log if self._update(log) else None), half
 
     def _clip(self):
-        """Clips the student's gradient: the log's norms, of before."""
+        """Clip the student's gradient; return the norms before clipping, for the log."""
         norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
@@ -79,7 +79,7 @@ class Trainer(Parts):
         }
 
     def _update(self, log):
-        """Both optimisers and the average take their step, if all is finite; was it?"""
+        """Step both optimisers and the average if all is finite; return whether it was."""
         settings, finite = self.settings, self._is_finite(log)
         rise = min(1.0, self.step / max(1, settings.warm_up))
         for optimizer, lr in (
@@ -107,7 +107,7 @@ class Trainer(Parts):
             good = checkpoint.saved(self.folder)
             raise TrainingError(
                 f"step {self.step}: not finite: {bad}; the last good checkpoint: "
-                f"{good[-1] if good else 'none yet'}; --skip-nonfinite N lets N such steps go by"
+                f"{good[-1] if good else 'none yet'}; --skip-nonfinite N skips N such steps"
             )
         return False
 
@@ -137,7 +137,7 @@ class Trainer(Parts):
                 log, half = self.iteration([batch := self.make_batch(r) for r in raw])
                 images += settings.batch * settings.accumulate * self.accelerator.num_processes
                 bar.update()
-                # Every process has to come to the same decisions: all of them count.
+                # Summed over the processes, so that all of them decide alike.
                 stop, skipped = self.sum_of(len(stopped), self.skipped)
                 if skipped > settings.max_bad_files:
                     raise TrainingError(
@@ -229,8 +229,8 @@ class Trainer(Parts):
         if accelerator.is_main_process:
             if row["discriminator_won"]:
                 tqdm.write(
-                    f"step {self.step}: the discriminator has won: it tells 19 of 20 tokens right; "
-                    f"lower --heads-lr than {self.settings.heads_lr}"
+                    f"step {self.step}: the discriminator has won: it classifies 95 % of tokens "
+                    f"correctly; lower --heads-lr (now {self.settings.heads_lr})"
                 )
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.step} | row) + "\n")

@@ -1,8 +1,8 @@
 """The paper's Table 1 at toy scale: each row one change from the default run, several seeds each:
 python toy/ablate.py --dataset glyphs
 
-A finished cell (one row, one seed) is kept as a small file and not done again; what is stopped by
-Ctrl-C continues from there. Writes OUT/ablation-DATASET.md and .png, and the cells, in
+A finished cell (one row, one seed) is kept as a small file and not run again. Stop with Ctrl-C at
+any time: the same command continues. Writes OUT/ablation-DATASET.md and .png, and the cells, in
 OUT/ablation-DATASET/. Two seeds can be run at once: --seeds 0 in one terminal, --seeds 1 in
 another.
 """
@@ -305,8 +305,8 @@ def judge(claims, found, head):
 
 
 def draw(path, found):
-    """One-step distance of every row over the default's, each seed a dot; a dash is their geometric
-    mean."""
+    """Plot each row's one-step distance over the default's: a dot for each seed, a bar at their
+    geometric mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -353,8 +353,8 @@ def write_page(out, cells, base, arguments, command):
         "Every row is one change from the default run. Mean ± standard deviation over the row's "
         f"seeds. Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
         f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}). *Over the default's* "
-        "is their quotient on the row's seeds: the geometric mean and its 95 % interval, bold if 1 "
-        "lies outside.",
+        "divides the row's distance by the default's, seed by seed: the geometric mean and its "
+        "95 % interval, bold if 1 lies outside.",
         "",
         *table(found),
         "",
@@ -381,7 +381,7 @@ def write_page(out, cells, base, arguments, command):
 
 
 def main(argv=None):
-    """Exit codes as of toy/run.py."""
+    """Exit codes as in toy/run.py."""
     only = f"groups ({', '.join(GROUPS)}) or rows; the default is always among them"
     parser = make_parser("toy/ablate.py", __doc__, "0,1,2", only)
     return run_program(parser, "ablation", argv, run_cells, write_page)

@@ -309,7 +309,7 @@ def growth(bench, repeats):
 
 
 def _one_of_many(settings, device, threads, barrier, queue, steps):
-    """A process: puts the seconds of its steps, all of which begin when the others' do."""
+    """In a child process: put the mean seconds of a step; all children begin at the same time."""
     torch.set_num_threads(threads)
     bench = Bench(settings, device)
     for _ in range(3):
@@ -389,7 +389,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Exit codes as of toy/run.py."""
+    """Exit codes as in toy/run.py."""
     arguments = parse_arguments(argv)
     command = " ".join(["python toy/bench.py", *(sys.argv[1:] if argv is None else argv)])
 

@@ -52,8 +52,8 @@ TRIAL_STEPS, WARM_UP = 24, 4  # of each phase, for a rival's pace; and how many 
 
 
 def paces(steps, phases, device, clock=time.perf_counter):
-    """Mean seconds of a call of each of these functions of an iteration's number, which are called
-    in turn: what slows the machine for a while slows all of them.
+    """Mean seconds of a call of each step(i), i being the iteration's number. They are called in
+    turn, so that a slow moment of the machine slows all of them.
 
     There are TRIAL_STEPS rounds a phase; the first WARM_UP of each do not count.
     """
@@ -170,7 +170,7 @@ def run_cells(arguments, cells, device):
 
 
 def main(argv=None):
-    """Exit codes as of toy/run.py."""
+    """Exit codes as in toy/run.py."""
     only = f"methods ({', '.join(METHODS)}); ADD is always among them"
     parser = make_parser("toy/compare.py", __doc__, "1,2,3", only)
     return run_program(parser, "compare", argv, run_cells, write_page)

@@ -23,8 +23,8 @@ class Line:
 
 
 def seconds_per_evaluation(rows):
-    """Of one image, from all rows of a teacher. All networks of the table are as large, and one
-    row's own time would be mostly noise."""
+    """Of one image, from all rows of a teacher. All networks of the table have the same size, and
+    one row's own time would be mostly noise."""
     seconds = sum(1 / row["images_per_second"] for row in rows)
     return seconds / sum(row["evaluations"] for row in rows)
 
@@ -76,8 +76,8 @@ def shared_seeds(lines):
 
 
 def ranked(lines, steps):
-    """The lines of so many steps, the least distance over the seeds that all have first; [] if they
-    share none."""
+    """The lines with that many steps, sorted by distance over the seeds that all of them have; []
+    if they share none."""
     lines = [line for line in lines if line.steps == steps]
     seeds = shared_seeds(lines) if lines else []
     ordered = sorted(lines, key=lambda line: sum(line.figures["fd"][seed] for seed in seeds))
@@ -209,15 +209,15 @@ def write_page(out, cells, base, arguments, command):
         "",
         "All methods have the same teacher, data, batch and size of network. A rival trains as "
         "long as ADD's iterations take, at the pace of both measured side by side; drawing pairs "
-        "from the teacher counts. Adversarial only has as many iterations as ADD. Each method's "
+        "from the teacher counts. *Adversarial only* runs for ADD's iterations. Each method's "
         f"learning rate is the best of its own three on seed {TUNING_SEED}, by the geometric mean "
         "of its distances.",
         "",
         *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),
         "ADD's other settings come from earlier trials (toy/experiments.md), some on these seeds. "
         "The rivals' are their papers', with the departures named in toy/rivals/. ADD and DMD2 "
-        "ask the teacher without guidance; progressive and consistency distillation, 2-rectified "
-        "flow and regression at its best guidance. UFOGen and adversarial only do not ask it. "
+        "use the teacher without guidance; progressive and consistency distillation, 2-rectified "
+        "flow and regression at its best guidance. UFOGen and *adversarial only* do not use it. "
         "The tests do not correct for picking the best of many rows.",
         "",
         *table(lines, contests),

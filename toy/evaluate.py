@@ -106,7 +106,7 @@ def evaluate(data, settings, metric_net, teacher, started, student, device, fid=
 
     The teacher's guidance is the one of eval_guidances with the least distance at
     eval_search_steps. "solver" is a row of the teacher with a faster sampler. With fid (load_fid)
-    the student's rows, and the one that it is held against, have "fid" as well.
+    the student's rows, and the teacher's that it is compared with, have "fid" as well.
     """
     scorer = Scorer(data, settings, metric_net, device)
     rows, search, guidance = scorer.guided(teacher)

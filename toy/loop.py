@@ -25,7 +25,7 @@ class TrainingError(Exception):
 
 
 class NotFinite(TrainingError):
-    """A training has come to numbers that are not finite: it would again. `cause` says where."""
+    """A training met a value that is not finite; a rerun would, too. `cause` says where."""
 
     def __init__(self, cause, advice=""):
         super().__init__(cause + advice)
@@ -116,7 +116,7 @@ class Log:
 
 
 class Window:
-    """The steps since the last row of the log, which is their mean."""
+    """The steps since the last row of the log; the next row is their mean."""
 
     def __init__(self, pending, skipped):
         self.pending, self.skipped, self.began, self.count = pending, skipped, time.time(), 0
@@ -145,8 +145,8 @@ def run_loop(stage, label, parts, step, steps, *, log_every=10):
     A checkpoint is written every checkpoint_seconds, at the end, and on Ctrl-C or SIGTERM (Stopped
     follows). If the last complete one in the folder has the stage's key, the loop goes on from it.
 
-    A step that raises FloatingPointError, or returns what is not finite, ends the run with
-    NotFinite. The first skip_nonfinite that only raise are counted in the log instead.
+    A step that raises FloatingPointError, or returns a value that is not finite, ends the run with
+    NotFinite. The first skip_nonfinite steps that raise are skipped and counted in the log instead.
     """
     loop = Loop(stage, label, parts, step, steps)
     loop.run(log_every)
@@ -210,7 +210,7 @@ class Loop:
             values = self.step(i)
         except FloatingPointError as error:
             if self.window.skipped >= self.stage.settings.skip_nonfinite:
-                raise self.error(i, error) from error
+                raise self.error(i, error, "; --skip-nonfinite N skips N such steps") from error
             self.window.skipped += 1
             return
         if values:  # all of them in one copy from the device
@@ -221,14 +221,14 @@ class Loop:
             raise self.error(i, ", ".join(infinite))
         self.window.pending.append(values)
 
-    def error(self, i, what):
+    def error(self, i, what, remedy=""):
         """The NotFinite of step i."""
         last = "none was written yet"
         if self.saved_step is not None:
             last = f"{self.path} is of step {self.saved_step}"
         return NotFinite(
             f"{self.label}, step {i + 1}: {what}",
-            f"; the last good checkpoint: {last}; --skip-nonfinite N lets N such steps go by",
+            f"; the last good checkpoint: {last}{remedy}",
         )
 
     def run(self, log_every):

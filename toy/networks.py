@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
         self.modulate = nn.Linear(embedding, 2 * channels_out)
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
-        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+        nn.init.zeros_(self.conv2.weight)  # every block starts as its skip path
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, embedding):

@@ -75,7 +75,7 @@ def fetch(name, shape):
         draws = (config.in_channels, config.sample_size, config.sample_size)
     except Exception as error:  # whatever a missing file, network or certificate raises
         raise ValueError(
-            f"--teacher {name}: no DDPM pipeline of diffusers can be had there ({brief(error)}); "
+            f"--teacher {name}: no diffusers DDPM pipeline can be loaded ({brief(error)}); "
             "name one of the Hub or a folder, or leave the flag out"
         ) from error
     timesteps = pipe.scheduler.config.num_train_timesteps
@@ -88,7 +88,7 @@ def fetch(name, shape):
         (rescaled and prediction == "epsilon", "predicts epsilon at zero terminal SNR"),
     ):
         if unfit:
-            raise ValueError(f"--teacher {name}: {what}; name a pipeline that is not so")
+            raise ValueError(f"--teacher {name}: {what}; name another pipeline")
     if prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)
         raise ValueError(f"--teacher {name}: predicts {prediction}; name one that predicts {known}")

@@ -2,6 +2,7 @@
 pictures."""
 
 from common import markdown
+from common.checkpoints import write_text
 from common.origin import commit, machine
 from toy.loop import read_log
 
@@ -15,7 +16,7 @@ COLOUR = dict(fd=1.0, few=0.8, recall=0.75)  # whatever the preset
 
 
 def best_teacher(results):
-    """The teacher's row at its most steps and best guidance: what the student is held against."""
+    """The teacher's row at its most steps and best guidance: what the student is compared with."""
     rows = [row for row in results["teacher"] if row["guidance"] == results["best_guidance"]]
     return max(rows, key=lambda row: row["steps"])
 
@@ -129,12 +130,12 @@ def explanation(results, guidances):
     n, tests = f"{results['n']:,}", f"{results['test_images']:,}"
     return (
         "The Fréchet distance is taken in the 64 features of this run's metric network (a small "
-        f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, not the "
+        f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, neither the "
         "discriminator's network nor its architecture), "
         f"between {n} generated images and the {tests} test images. "
         "It is not FID and is comparable only within this report. "
         f"{n} real training images in the place of generated ones give the first row; "
-        f"all of them give {results['floor']:.2f}. "
+        f"all training images give a distance of {results['floor']:.2f}. "
         f"Precision and recall: k-NN, k = 5, against {min(results['n'], results['test_images']):,} "
         "test images. "
         f"±: 95 % confidence interval over draws of {n} images (jackknife). "
@@ -151,8 +152,8 @@ The student refines its own estimate, with fresh noise between steps:
 
 ![refinement](refinement.png)
 
-What the distillation loss asks for: a real image x_0, diffused to x_s, what the student makes of \
-it, that diffused again, and what the teacher makes of that, the target:
+What the distillation loss asks for, row by row: a real image x_0; x_s, diffused from it; the \
+student's estimate x̂_θ; then, for three t, x̂_θ diffused and the teacher's estimate, the target:
 
 ![reconstruction targets](targets.png)
 
@@ -205,4 +206,4 @@ def write_report(folder, data, settings, preset, command, results, seconds, devi
         "",
         PICTURES,
     ]
-    (folder / "report.md").write_text("\n".join(lines))
+    write_text(folder / "report.md", "\n".join(lines))

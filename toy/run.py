@@ -246,8 +246,8 @@ def run(arguments, given):
 
 
 def exit_code(program, work, debug=False, again="the same command continues"):
-    """Of work(), which is called here: 0 done, 2 it cannot be done (one line says why), 130 stopped
-    by Ctrl-C, 143 by SIGTERM, 142 by --max-minutes, after saving (a second one: at once)."""
+    """Call work() and return the exit code: 0 done, 2 failed (one line says why); stopped, after
+    saving, 130 by Ctrl-C, 143 by SIGTERM, 142 by --max-minutes (a second signal: at once)."""
     stop_on_signals()
     try:
         work()

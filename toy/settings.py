@@ -26,7 +26,9 @@ COUNT, SHARE, RATE, GUIDANCE = (1, 10**7), (0, 1), (1e-12, 1e3), (-100, 100)
 class Settings:
     """One run. The defaults are the `cpu` preset's."""
 
-    dataset: str = option("auto", "auto, glyphs, mnist, fashion-mnist, cifar10, folder", DATASETS)
+    dataset: str = option(
+        "auto", "auto (mnist, else glyphs), glyphs, mnist, fashion-mnist, cifar10, folder", DATASETS
+    )
     data_dir: str = option(
         "data",
         "where the data set is, or is downloaded to; for folder: the folder of class folders",
@@ -59,7 +61,7 @@ class Settings:
     )
     skip_nonfinite: int = option(
         0,
-        "skip and count at most so many steps of a stage whose loss or gradient is infinite or NaN",
+        "per stage, skip and count up to this many steps whose loss or gradient is infinite or NaN",
     )
 
     metric_steps: int = option(200, "training steps of the metric network", limits=COUNT)
@@ -138,7 +140,7 @@ class Settings:
         12_000, "half-life of the moving average of the student's weights, in images", limits=COUNT
     )
     distil_timesteps: tuple[int, ...] = option(
-        (249, 499, 749, 999), "T_student; pure noise stands in for the last"
+        (249, 499, 749, 999), "T_student; at the last the student's input is pure noise"
     )
     distil_lambda: float = option(10.0, "weight of the distillation loss (the paper's: 2.5)")
     distil_gamma: float = option(1e-5, "weight of R1")
@@ -169,12 +171,12 @@ class Settings:
     )
     eval_search_steps: int = option(
         0,
-        "DDIM steps at which the guidance is chosen, at most the last of --eval-steps (0: that)",
+        "DDIM steps at which the guidance is chosen; 0 or too many: the last of --eval-steps",
         limits=(0, 1000),
     )
     eval_steps: tuple[int, ...] = option(
         (1, 4, 10, 50),
-        "DDIM steps at which the teacher is scored, rising; the student is held against the last",
+        "DDIM steps at which the teacher is scored, rising; the student is compared with the last",
         limits=(1, 1000),
     )
 
@@ -188,8 +190,8 @@ class Settings:
     )
 
     def seed_of(self, draws):
-        """The seed of one of DRAWS. "noise" is of the images that are scored, "steps" of the fresh
-        noise in a student's further steps, "pairs" of those of rivals/pairs.py."""
+        """The seed of one of DRAWS. "noise" is what the scored images start from, "steps" the fresh
+        noise in a student's further steps, "pairs" the draws of rivals/pairs.py."""
         return self.seed + DRAWS.index(draws)
 
     @property
@@ -236,7 +238,7 @@ class Settings:
             if self.size % least or any(width % 8 for width in widths):
                 raise ValueError(
                     f"--{flag(name)} {show(widths)}: each must be a multiple of 8, and --size "
-                    f"{self.size} one of {least} with so many resolutions"
+                    f"{self.size} a multiple of {least} for this many resolutions"
                 )
         for name, usual in (("distil_widths", ()), ("distil_init", "pretrained")):
             if getattr(self, name) != usual and not self.conditional:

@@ -326,11 +326,11 @@ def make_parser(prog, description, seeds, only="", share=3):
 
 
 def run_program(parser, page, argv, run_cells, write_page):
-    """Do the cells that are missing, run_cells(arguments, cells, device), unless --page is given;
-    then describe them, write_page(out, cells, base, arguments, command), and print the page's path.
+    """Unless --page is given, call run_cells(arguments, cells, device) to make the missing cells;
+    then call write_page(out, cells, base, arguments, command) and print the page's path.
 
     The page is OUT/PAGE-DATASET.md, its cells are in a folder of that name, `base` is the default
-    run of the first seed. Returns the exit code, as of toy/run.py.
+    run of the first seed. Returns the exit code, as in toy/run.py.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""How long ADD trains until one step of the student is as close to the test images as its teacher's
-8, 25 and 50: python toy/time_to_quality.py --dataset glyphs
+"""How long ADD trains until one student step comes as close to the test images as 8, 25 and 50
+steps of its teacher: python toy/time_to_quality.py --dataset glyphs
 
 The clock stands still while the student is scored. A finished seed is kept as a small file and not
-done again; what is stopped by Ctrl-C continues from there. Writes OUT/time-to-quality-DATASET.md
-and .png, and the files beside them.
+run again. Stop with Ctrl-C at any time: the same command continues. Writes
+OUT/time-to-quality-DATASET.md and .png, and the seeds' files, in OUT/time-to-quality-DATASET/.
 """
 
 import os
@@ -78,7 +78,7 @@ def train(bed, every):
 
 
 def passed(rows, distance):
-    """The first row from which on none is farther away; None if there is none."""
+    """The first row from which on all are within that distance; None if the last is not."""
     last = next((i for i in reversed(range(len(rows))) if rows[i]["fd"] > distance), -1)
     return rows[last + 1] if last + 1 < len(rows) else None
 
@@ -170,7 +170,7 @@ def write_page(out, cells, base, arguments, command):
 
 
 def main(argv=None):
-    """Exit codes as of toy/run.py."""
+    """Exit codes as in toy/run.py."""
     parser = make_parser("toy/time_to_quality.py", __doc__, "0,1,2", share=1)
     parser.add_argument(
         "--every", type=int, default=EVERY, help=f"iterations between scores (default: {EVERY})"

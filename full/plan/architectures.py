@@ -2,7 +2,6 @@
 built from the configurations below, folders and cached hub repositories from their json files;
 nothing is downloaded."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from transformers import (
 from add import NoiseSchedule
 from common.errors import brief
 from full.backbones import PIPELINES, Backbone, BackboneError
-from full.features import IMAGE_NETWORKS, VisionTransformer, unit_scale
+from full.features import IMAGE_NETWORKS, VisionTransformer, open_clip_source, unit_scale
 from full.settings import BACKBONES, from_name
 
 META = torch.device("meta")
@@ -244,10 +243,11 @@ class MetaTextFeatures:
         import open_clip
 
         def load():
-            if name.split("/")[0] in open_clip.list_models():
-                config = open_clip.get_model_config(name.split("/")[0])
-            else:
-                config = json.loads((Path(name) / "open_clip_config.json").read_text())["model_cfg"]
+            model, weights = open_clip_source(name)
+            if weights is None:
+                folder = _folder(name.removeprefix("hf-hub:"), "open_clip_config.json")
+                model = f"local-dir:{folder}"
+            config = open_clip.get_model_config(model)
             # Of any size: it is thrown away.
             vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
             return open_clip.CLIP(

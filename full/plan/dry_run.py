@@ -1,6 +1,6 @@
 """full/train.py's own iteration on torch's meta device, where tensors have shapes and no values:
-operations and live bytes of every part. Neither the method nor a network is modelled; what meta
-tensors lack is: autocast, fused attention.
+operations and live bytes of every part. The method and the networks run as they are. Only
+what meta tensors lack is modelled: autocast and fused attention.
 """
 
 import contextlib

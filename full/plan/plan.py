@@ -1,8 +1,8 @@
 """What a run needs, before a GPU is rented: python full/run.py --plan --gpus 8 --gpu a100-80
 
 Iterations at two batches are measured without weights (dry_run.py), and other batches are on the
-straight lines through them. On top stand the models of this file: memory under FSDP2, the time of
-arithmetic and of communication.
+straight lines through them. This file adds models of memory under FSDP2 and of the time of
+arithmetic and communication.
 """
 
 import bisect

@@ -11,7 +11,7 @@ import csv
 import math
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 from common import markdown
@@ -39,7 +39,7 @@ def read_votes(paths, allowed_failures=0):
     """(games, voters left out): votes of all files, without those of voters who failed more
     attention checks than allowed. VoteError for a file, column or choice that is not as it should
     be."""
-    rows, failures = [], Counter()
+    rows, failures = [], defaultdict(set)
     for path in paths:
         try:
             with open(path, newline="", encoding="utf-8") as file:
@@ -55,7 +55,9 @@ def read_votes(paths, allowed_failures=0):
                             f"{', '.join(SCORES)}"
                         )
                     check = row.get("check") or ""
-                    failures[row["voter"]] += check == "failed"
+                    if check == "failed":  # once, though each study has a row of it
+                        pair = frozenset((row["left"], row["right"]))
+                        failures[row["voter"]].add((row["prompt"], pair))
                     if not check:
                         if row["left"] == row["right"]:
                             raise VoteError(
@@ -64,7 +66,7 @@ def read_votes(paths, allowed_failures=0):
                         rows.append(row)
         except (OSError, UnicodeDecodeError) as error:
             raise VoteError(f"{path}: cannot be read ({error})") from error
-    excluded = {voter for voter, n in failures.items() if n > allowed_failures}
+    excluded = {voter for voter, checks in failures.items() if len(checks) > allowed_failures}
     games = [
         Game(r["study"], r["left"], r["right"], SCORES[r["choice"]])
         for r in rows

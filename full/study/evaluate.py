@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common.errors import brief
+from common.errors import brief, one_line
 from common.fid import load_fid
 from common.flags import add_flags, check_choices, flag, option
 from common.origin import commit
@@ -47,7 +47,7 @@ LIBRARIES = ("torch", "diffusers", "torchmetrics", "torch-fidelity", "open_clip_
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The flags. ValueError, in one line, for values that cannot be."""
+    """The flags. ValueError, in one line, for values that are not allowed."""
 
     pipeline: str = option("", "the student: a pipeline folder of full/run.py, or a hub repository")
     teacher: str = option(
@@ -291,10 +291,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from here", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"full/evaluate.py: {error}", file=sys.stderr)
+        print(f"full/evaluate.py: {one_line(error)}", file=sys.stderr)
         return 2
     print("\n".join(table(result["rows"])), f"written: {evaluation.out}/evaluation.md", sep="\n")
     return 0

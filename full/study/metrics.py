@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.errors import brief
+from full.features import open_clip_source
 
 CAPTIONS = "annotations/captions_val2017.json"
 
@@ -69,9 +70,7 @@ class ClipScore:
     def __init__(self, name):
         import open_clip
 
-        model, _, weights = name.partition("/")
-        if not weights or model not in open_clip.list_models():
-            model, weights = name if name.startswith("hf-hub:") else f"local-dir:{name}", None
+        model, weights = open_clip_source(name)
         logging.disable()  # open_clip would report an error a second time
         try:
             self.network, self.preprocess = open_clip.create_model_from_pretrained(

@@ -65,11 +65,13 @@ def read_images(specifications):
                 "full/sample.py writes it"
             )
         lines = (folder / "metadata.jsonl").read_text("utf-8").splitlines()
-        captions[name] = {
-            r["file_name"]: r["text"]
-            for r in map(json.loads, lines)
-            if (folder / r["file_name"]).is_file()
-        }
+        try:
+            known = {r["file_name"]: r["text"] for r in map(json.loads, lines)}
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise StudyError(
+                f"--images {text}: a line of its metadata.jsonl is not JSON with file_name and text"
+            ) from error
+        captions[name] = {f: prompt for f, prompt in known.items() if (folder / f).is_file()}
     if len(folders) < 2:
         raise StudyError("--images: at least two models, each as NAME=DIR")
     shared = set.intersection(*(set(c.items()) for c in captions.values()))
@@ -85,6 +87,10 @@ class Votes:
     def __init__(self, path):
         self.path, self.lock = Path(path), threading.Lock()
         text = self.path.read_bytes() if self.path.exists() else b""
+        first, ended, _ = text.partition(b"\n")
+        header = ",".join(COLUMNS).encode()
+        if first.rstrip(b"\r") != header if ended else not header.startswith(first):
+            raise StudyError(f"--out {path}: is there and has other columns; name another file")
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
             os.truncate(self.path, len(whole))
@@ -92,8 +98,6 @@ class Votes:
             self._write([COLUMNS])
         with open(self.path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if rows and tuple(rows[0]) != COLUMNS:
-            raise StudyError(f"--out {path}: is there and has other columns; name another file")
         self.answered = {
             (r["voter"], r["prompt"], frozenset((r["left"], r["right"]))) for r in rows
         }
@@ -259,7 +263,7 @@ def main(argv=None):
         study = Study(
             folders, prompts, Votes(arguments.out), max(0, arguments.check_every), arguments.seed
         )
-    except (StudyError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (StudyError, OSError) as error:
         print(f"full/vote.py: {error}", file=sys.stderr)
         return 2
     print(

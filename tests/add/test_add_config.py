@@ -61,7 +61,7 @@ ERRORS = {  # what is done wrong → what the message must say
     "teacher_steps 1.0": (config(teacher_steps=1.0), ["teacher_steps=1.0", "from 1 to 1000"]),
     "teacher_steps of nfsd": (
         config(weight="nfsd", teacher_steps=2),
-        ["teacher_steps=2", "from 1 to 1"],
+        ["teacher_steps=2", "1 with nfsd"],
     ),
     "shapes": (
         lambda: distance(torch.ones(2, 3), torch.ones(2, 1)),

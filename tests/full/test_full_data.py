@@ -180,7 +180,7 @@ def test_a_folder_without_data_is_refused(tmp_path, make, message):
 
 def test_nothing_usable_and_too_few_shards_are_refused(shards):
     words = (
-        "not one usable sample, 0 of them unreadable; the last: 40×48 is smaller than --min-size 99"
+        "no usable sample; 0 were unreadable; the last problem: 40×48 is smaller than --min-size 99"
     )
     with pytest.raises(data.DataError, match=words):
         next(iter(data.make_loader(settings(shards, min_size=99))))

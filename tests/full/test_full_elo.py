@@ -87,10 +87,13 @@ def test_voters_who_fail_checks_are_left_out_and_named(tmp_path, capsys):
         "quality,u,p1,x,y,left,passed",
         "prompt_following,u,p1,y,x,right,",
     )
-    bad = write(tmp_path / "b.csv", "quality,w,p1,x,y,right,", "quality,w,p2,x,y,right,failed")
+    failed = (f"{study},w,p2,x,y,right,failed" for study in ("quality", "prompt_following"))
+    bad = write(tmp_path / "b.csv", "quality,w,p1,x,y,right,", *failed)  # one check, as vote.py has
     games, excluded = elo.read_votes([good, bad])
     assert excluded == ["w"] and len(games) == 2
     assert len(elo.read_votes([good, bad], allowed_failures=1)[0]) == 3
+    worse = write(tmp_path / "c.csv", "quality,w,p3,x,y,right,failed")
+    assert elo.read_votes([good, bad, worse], allowed_failures=1)[1] == ["w"]
     assert elo.main([good, bad, "--bootstraps", "5"]) == 0
     out = capsys.readouterr().out
     assert "| x | y | 100.0% |" in out and "left out for failed attention checks: 1: w." in out

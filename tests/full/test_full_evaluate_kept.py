@@ -347,7 +347,7 @@ def test_inception_that_cannot_be_had_ends_in_one_line(world, tmp_path, capsys, 
     assert evaluate.main(arguments(world, tmp_path / "out", **given)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     where = (
-        "(none given): the download failed (OSError: Name"
+        "(automatic): the download failed (OSError: Name"
         if kind == "offline"
         else f"{path}: no Inception weights"
     )

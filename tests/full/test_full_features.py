@@ -12,6 +12,7 @@ from transformers import (
     ViTModel,
 )
 
+from full.backbones import BackboneError
 from full.features import CLIP, IMAGENET, VisionTransformer, load_vit
 
 NORMS = ("layernorm", "post_layernorm")  # the last of each network
@@ -44,3 +45,12 @@ def test_tokens_and_summary_are_the_networks_own(kind, tmp_path):
     # As it is before its norm, the token is another one.
     raw = 24**0.5 * functional.normalize(states[-1][:, 0], dim=1)
     assert (expected - raw).abs().max() > 0.1
+
+
+def test_a_size_that_patches_do_not_fill_is_refused_by_the_name_of_its_flag():
+    sizes = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, patch_size=14)
+    network = ViTModel(ViTConfig(image_size=30, intermediate_size=48, **sizes))
+    with pytest.raises(BackboneError, match="--c-img: its image size, 30: must be a multiple of"):
+        VisionTransformer(network, what="c-img")
+    with pytest.raises(BackboneError, match="--features-size 27: must be a multiple of 14"):
+        VisionTransformer(network, 27)

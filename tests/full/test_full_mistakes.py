@@ -26,7 +26,7 @@ MISTAKES = {
     "c_text": ({"c_text": "/nowhere"}, ["--c-text /nowhere"]),
     "F of other latents": (
         {"features": "teacher", "teacher": "SDXL"},
-        ["--features teacher", "other latents"],
+        ["--features teacher", "different latents"],
     ),
     "random LoRA": ({"init": "random", "lora_rank": 4}, ["--lora-rank 4", "--init random"]),
     "resolution": ({"resolution": 60}, ["--resolution 60", "multiple of 8"]),

@@ -163,6 +163,9 @@ MISTAKES = {
     "no vision": (["--plan", "--features", "TEXT"], ["--features", "DINOv2, ViT and CLIP"]),
     "features size": (["--plan", "--features-size", "30"], ["--features-size 30", "14"]),
     "c_text": (["--plan", "--c-text", "/nowhere"], ["--c-text /nowhere", "hf download"]),
+    # As in the run: a model without weights is the name of a folder.
+    "no weights": (["--plan", "--c-text", "ViT-B-32"], ["--c-text ViT-B-32", "hf download"]),
+    "no hub": (["--plan", "--c-text", "hf-hub:no/no"], ["--c-text hf-hub:no/no", "hf download"]),
     "VAE": (["--plan", "--vae", "nobody/nothing"], ["--vae nobody/nothing", "taesd"]),
 }
 

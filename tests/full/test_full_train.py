@@ -81,7 +81,8 @@ def test_a_student_with_uneven_timesteps_samples_as_add_does(checkpoints, tmp_pa
     pipeline = train(checkpoints, tmp_path, timesteps="99,799,999")
     same_image_as_our_sampler(pipeline, tmp_path, 2, timesteps=[999, 799])
     assert sample.timesteps_of(pipeline, 2) == [999, 799]
-    assert "timesteps=[999]" in (pipeline / "README.md").read_text()
+    card = (pipeline / "README.md").read_text()
+    assert "timesteps=[999]" in card and "| `--timesteps` | `99,799,999` |" in card
 
 
 @pytest.mark.parametrize("student, teacher", [("sd15", "sdxl"), ("sdxl", "v")])

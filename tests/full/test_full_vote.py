@@ -193,12 +193,21 @@ def test_an_answer_that_is_none_is_not_written(folders, tmp_path):
 
 
 def test_mistakes_end_in_one_line(folders, tmp_path, capsys):
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    foreign = {"other.csv": b"a,b\n1,2\n", "notes.txt": b"no line ends", "torn.csv": b"a,b\n1"}
+    for name, text in foreign.items():
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / "untitled").mkdir()
+    (tmp_path / "untitled" / "metadata.jsonl").write_text('{"text": "a"}\n')
     for arguments, words in (
         (["--images", folders[0]], "at least two"),
         (["--images", folders[0], "x=/nowhere"], "metadata.jsonl"),
-        (["--images", *folders, "--out", str(tmp_path / "other.csv")], "other columns"),
+        (["--images", folders[0], f"x={tmp_path}/untitled"], "file_name and text"),
+        *(
+            (["--images", *folders, "--out", str(tmp_path / name)], "other columns")
+            for name in foreign
+        ),
     ):
         assert vote.main(arguments) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and words in message
+    assert all((tmp_path / name).read_bytes() == text for name, text in foreign.items())

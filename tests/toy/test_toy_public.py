@@ -122,9 +122,9 @@ def test_what_cannot_be_a_teacher_is_refused_before_anything_is_trained(
 
     grey = ("--dataset", "glyphs")
     refused(str(public), "draws 3×32×32, but the data is 1×32×32", *grey)
-    refused(str(tmp_path / "none"), "none: no DDPM pipeline of diffusers can be had there", *colour)
+    refused(str(tmp_path / "none"), "none: no diffusers DDPM pipeline can be loaded", *colour)
     for line, unfit in (
-        ("has classes; name a pipeline that is not so", dict(class_embed_type="timestep")),
+        ("has classes; name another pipeline", dict(class_embed_type="timestep")),
         ("has classes", dict(num_class_embeds=2)),
         ("predicts variances, too", dict(out_channels=6)),
         ("centres its input", dict(center_input_sample=True)),

@@ -2,9 +2,9 @@
 consistency distillation, Luo et al. 2023, here without their condition on the guidance): all points
 of a path of the teacher get one estimate of its end.
 
-The student at a timestep should agree with its own moving average one DDIM step of the teacher
-further on. At the smallest timestep the target is the teacher's x̂_0, where the papers have a
-network that is the identity there.
+At each timestep the student should agree with its own moving average, evaluated after one more DDIM
+step of the teacher. At the smallest timestep the target is the teacher's x̂_0; the papers instead
+have a network that is the identity there.
 """
 
 import torch

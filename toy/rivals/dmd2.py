@@ -2,17 +2,17 @@
 the gradient is DMD's, arXiv 2311.18828, Eq. 7 and 8, without their factor α_t, as in the authors'
 code).
 
-Generated images are diffused. Two networks estimate where they came from: the teacher as if they
-were real, and a fake-score network, trained on generated images, as what they are. The generator
+Generated images are diffused, and two networks estimate x_0 from them: the teacher, which was
+trained on real images, and a fake-score network, trained on generated ones. The generator
 follows the difference. A logit head on the fake-score network's encoder tells diffused real images
 from diffused generated ones.
 
 The weights of the GAN are the paper's on ImageNet, and the teacher has no guidance, as there.
-Departures: one generator is trained at ADD's four timesteps (the paper's of one step at pure noise
-alone; for several steps it draws the inputs by sampling, which did not help here,
-toy/experiments.md). The fake-score network moves twice an update of the generator, not 5 times,
-which gives the generator about twice as many updates in the same time. It sees t between LOW and
-HIGH alone. GAN and matching share t and noise. Adam's β_1 is 0, not 0.9.
+Departures: one generator is trained at ADD's four timesteps (the paper's one-step generator is
+trained on pure noise alone, its multi-step one on inputs drawn by sampling, which did not help
+here, toy/experiments.md). The fake-score network is updated twice, not 5 times, for each update of
+the generator, which thus gets about twice as many in the same time. It sees t between LOW and HIGH
+alone. GAN and matching share t and noise. Adam's β_1 is 0, not 0.9.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """UFOGen (Xu et al. 2023, arXiv 2311.09257), a diffusion-GAN: the generator estimates x_0 from x_s,
 and a discriminator compares images diffused to the next smaller timestep, real and generated.
 
-A reconstruction term, the KL divergence between diffusion's last step from either image, holds the
-generator to what x_s still shows. Generator and discriminator start from the teacher.
+A reconstruction term, the KL divergence between the last diffusion steps (up to s) of the real and
+the generated image, ties the generator to what x_s still shows. Generator and discriminator start
+from the teacher.
 
 Departures: the timesteps s are ADD's four and r the next smaller; the authors' code draws s from
 all, with r = s - T/4. There the discriminator moves in every second iteration, its losses stop at
