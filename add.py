@@ -118,7 +118,7 @@ class NoiseSchedule(nn.Module):
         """x_t = α_t x_0 + σ_t ε; x_0 and noise (B, C, H, W), t (B,). ValueError if they differ."""
         if x_0.shape != noise.shape or x_0.ndim != 4 or len(t) != len(x_0):
             shapes = [tuple(x.shape) for x in (x_0, noise, t)]
-            raise ValueError(f"x_0, noise, t are {shapes}; expected (B, C, H, W) for both, (B,)")
+            raise ValueError(f"x_0, noise, t are {shapes}; expected (B, C, H, W) twice, then (B,)")
         alpha, sigma = self.coefficients(t)
         return alpha * x_0 + sigma * noise
 

@@ -148,15 +148,15 @@ ERRORS = {  # what is done wrong → what the message must say
     ),
     "noise of another shape": (
         diffuse((2, 3, 4, 4), (2, 3, 4, 5), 2),
-        ["x_0, noise, t are [(2, 3, 4, 4), (2, 3, 4, 5), (2,)]", "twice (B, C, H, W)"],
+        ["x_0, noise, t are [(2, 3, 4, 4), (2, 3, 4, 5), (2,)]", "(B, C, H, W) twice"],
     ),
     "one t for two images": (
         diffuse((2, 3, 4, 4), (2, 3, 4, 4), 1),
-        ["x_0, noise, t are [(2, 3, 4, 4), (2, 3, 4, 4), (1,)]", "and (B,)"],
+        ["x_0, noise, t are [(2, 3, 4, 4), (2, 3, 4, 4), (1,)]", "then (B,)"],
     ),
     "images without channels": (
         diffuse((2, 4, 4), (2, 4, 4), 2),
-        ["x_0, noise, t are [(2, 4, 4), (2, 4, 4), (2,)]", "twice (B, C, H, W)"],
+        ["x_0, noise, t are [(2, 4, 4), (2, 4, 4), (2,)]", "(B, C, H, W) twice"],
     ),
 }
 
