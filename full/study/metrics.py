@@ -12,7 +12,6 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.errors import brief
-from full.features import open_clip_source
 
 CAPTIONS = "annotations/captions_val2017.json"
 
@@ -69,6 +68,8 @@ class ClipScore:
 
     def __init__(self, name):
         import open_clip
+
+        from full.features import open_clip_source  # here: --help need not wait for diffusers
 
         model, weights = open_clip_source(name)
         logging.disable()  # open_clip would report an error a second time
