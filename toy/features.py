@@ -15,8 +15,7 @@ from torch.nn import functional
 from add import randn_like
 from common.augment import AUGMENTATIONS
 from common.features import noised
-from toy.data import Batches
-from toy.loop import GeneratorState, descend, run_loop
+from toy.loop import fit
 from toy.networks import ConvNet, ViT
 from toy.pretrained import DinoV2, EfficientNet
 
@@ -103,32 +102,8 @@ def patches_of(images, patch):
 
 
 def train(stage, networks, loss_of):
-    """Descend loss_of(images, labels, generator), a dict whose "loss" is the sum, for
-    features_steps steps; returns the seconds."""
-    data, settings, device = stage.data, stage.settings, stage.device
-    networks = nn.ModuleList(networks).to(device)
-    trained = [p for p in networks.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05)
-    steps = settings.features_steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    batches = Batches(data.train_images, data.train_labels, 128, settings.seed_of("features"))
-    generator = torch.Generator(device).manual_seed(settings.seed_of("features"))
-
-    def step(i):
-        images, labels = (x.to(device) for x in next(batches))
-        log = loss_of(images, labels, generator)
-        descend(log["loss"], optimizer, "features F")
-        schedule.step()
-        return {name: value.detach() for name, value in log.items()}
-
-    parts = {
-        "networks": networks,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "batches": batches,
-        "generator": GeneratorState(generator),
-    }
-    return run_loop(stage, "features F", parts, step, steps)
+    """Fit networks, F first, to loss_of (loop.fit); returns the seconds."""
+    return fit(stage, "features", "features F", networks, loss_of, lr=1e-3, weight_decay=0.05)
 
 
 def train_to_classify(stage, network):

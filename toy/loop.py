@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common.checkpoints import read_last, write
 from common.device import peak_memory
 from common.stopping import Stopped, postponed_signals
-from toy.data import Dataset
+from toy.data import Batches, Dataset
 from toy.settings import Settings
 
 
@@ -82,6 +83,40 @@ def descend(loss, optimizer, name, clip=math.inf):
     norm = backward(loss, optimizer, clip)
     update(optimizer, name, loss, norm)
     return norm
+
+
+def fit(stage, name, label, networks, loss_of, lr, weight_decay):
+    """Train a list of networks on batches of 128 images, by AdamW and one cycle of its learning
+    rate; returns the seconds.
+
+    loss_of(images, labels, generator) is a dict whose "loss" is the sum. name is the stage's, as
+    settings.py has it; label is what messages call it.
+    """
+    data, settings, device = stage.data, stage.settings, stage.device
+    steps, seed = getattr(settings, f"{name}_steps"), settings.seed_of(name)
+    networks = nn.ModuleList(networks).to(device)
+    trained = [p for p in networks.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    flip = settings.flip == "true"
+    batches = Batches(data.train_images, data.train_labels, 128, seed, flip)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def step(i):
+        images, labels = (x.to(device) for x in next(batches))
+        log = loss_of(images, labels, generator)
+        descend(log["loss"], optimizer, label)
+        schedule.step()
+        return {name: value.detach() for name, value in log.items()}
+
+    parts = {
+        "networks": networks,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "batches": batches,
+        "generator": GeneratorState(generator),
+    }
+    return run_loop(stage, label, parts, step, steps)
 
 
 class Log:

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 from common.augment import AUGMENTATIONS
-from toy.data import Batches, to_float
-from toy.loop import GeneratorState, descend, run_loop
+from toy.data import to_float
+from toy.loop import fit
 from toy.networks import MetricNet
 
 NEIGHBOURS = 5  # k of the k-NN precision and recall
@@ -32,30 +32,14 @@ def train_metric_net(stage):
     channels, classes = data.train_images.shape[1], len(data.classes)
     network = MetricNet(channels, classes, settings.metric_width, settings.metric_depth).to(device)
     network(to_float(data.train_images[:2]).to(device))  # gives the lazy layer its size
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    steps = settings.metric_steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    flip = settings.flip == "true"
-    batches = Batches(data.train_images, data.train_labels, 128, settings.seed_of("metric"), flip)
-    generator = torch.Generator(device).manual_seed(settings.seed_of("metric"))
 
-    def step(i):
-        images, labels = (x.to(device) for x in next(batches))
+    def loss_of(images, labels, generator):
         for name in settings.metric_augment:
             images = AUGMENTATIONS[name](images, generator)
-        loss = functional.cross_entropy(network(images), labels)
-        descend(loss, optimizer, "metric network")
-        schedule.step()
-        return {"loss": loss.detach()}
+        return {"loss": functional.cross_entropy(network(images), labels)}
 
-    parts = {
-        "network": network,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "batches": batches,
-        "generator": GeneratorState(generator),
-    }
-    seconds = run_loop(stage, "metric network", parts, step, steps)
+    label, decay = "metric network", 0.01
+    seconds = fit(stage, "metric", label, [network], loss_of, lr=2e-3, weight_decay=decay)
     return network.eval().requires_grad_(False), seconds
 
 

@@ -334,7 +334,7 @@ STAGES = {
     "data": ((), ()),  # see stage_key
     "metric": (("data",), ("flip",)),
     "teacher": (("data",), ("precision", "flip")),
-    "features": (("data",), ()),
+    "features": (("data",), ("flip",)),
     "second": ((), ()),  # a second teacher, see stage_key
     "distil": (("teacher", "second", "features"), ()),
     "eval": (("metric", "distil"), ("inception", "inception_images")),

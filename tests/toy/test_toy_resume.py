@@ -15,7 +15,7 @@ from trust import kill_while_it_writes, on_a_small_disk, same
 
 from common.checkpoints import read, read_last, write
 from common.stopping import Stopped
-from toy import data, distil, features, metrics, run, teacher
+from toy import data, distil, features, loop, run, teacher
 
 STEPS = dict(features=4, metric=4, teacher=6, distil=6)  # of the tiny preset
 
@@ -69,7 +69,7 @@ def test_stopped_in_every_stage_and_resumed_is_as_if_never_stopped(
     for n, (stage, steps) in enumerate(stages.items()):
         number, at = draw.choice([signal.SIGINT, signal.SIGTERM]), draw.randrange(steps)
         with monkeypatch.context() as patch:
-            for module in (metrics, features, teacher, distil):
+            for module in (loop, teacher, distil):
                 patch.setattr(module, "run_loop", stopping(module.run_loop, stage, at, number))
             code = run.main([*command, "--out", str(out), *(["--resume"] if n else [])])
         assert code == 128 + number and "--resume" in capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_an_f_that_was_stopped_ends_as_if_it_never_was(tmp_path, monkeypatch, ki
     whole, cut = (stage_at(tmp_path / name, data=noise, **own) for name in ("whole", "cut"))
     expected, _ = features.make_features(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(features, "run_loop", stopping(features.run_loop, "cut", 2, signal.SIGINT))
+        patch.setattr(loop, "run_loop", stopping(loop.run_loop, "cut", 2, signal.SIGINT))
         with pytest.raises(Stopped):
             features.make_features(cut)
     resumed, _ = features.make_features(cut)

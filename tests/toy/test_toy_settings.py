@@ -22,7 +22,7 @@ def key(stage, **changes):
     [
         (dict(teacher_lr=1.0), {"teacher", "distil", "eval"}),
         (dict(precision="bf16"), {"teacher", "distil", "eval"}),
-        (dict(flip="true"), {"metric", "teacher", "distil", "eval"}),
+        (dict(flip="true"), {"metric", "features", "teacher", "distil", "eval"}),
         (dict(distil_timesteps=(9, 99)), {"distil", "eval"}),
         (dict(features_depth=2), {"features", "distil", "eval"}),
         (dict(metric_steps=2), {"metric", "eval"}),

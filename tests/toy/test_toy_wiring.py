@@ -1,6 +1,7 @@
 """What the toy's settings and networks are handed to: every part may be right, and the wrong one be
 trained or scored."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch.nn import functional
 from toy_runs import make_teacher, noise_data, stage_at
 
 from add import ADDConfig
-from toy import compare, evaluate, metrics, samplers, teacher, testbed
+from toy import compare, evaluate, features, loop, metrics, samplers, teacher, testbed
 from toy import distil as distillation
+from toy.data import Batches
 from toy.features import TeacherEncoder
 from toy.methods import METHODS, settings_of
 from toy.networks import UNet
@@ -296,3 +298,19 @@ def test_a_rival_is_trained_under_the_teachers_guidance(tmp_path, monkeypatch):
     rows, seconds, more = compare.train_and_score_rival(bed, method, 0.01, 2.5)
     assert asked == [(method.rival, "teacher", 0.01, 2.5)]
     assert (rows, seconds, more) == ([*method.steps], 1.0, {"steps": 5})
+
+
+def test_metric_network_and_f_see_mirrored_images_where_the_teacher_does(tmp_path, monkeypatch):
+    flips = []
+
+    def batches(*arguments):
+        flips.append(arguments[-1])
+        return Batches(*arguments)
+
+    monkeypatch.setattr(loop, "Batches", batches)
+    for flip in ("true", "false"):
+        own = dict(flip=flip, features="classifier", features_steps=1, metric_steps=1)
+        stage = stage_at(tmp_path / flip, data=noise_data(96), **own)
+        metrics.train_metric_net(dataclasses.replace(stage, folder=stage.folder / "metric"))
+        features.make_features(dataclasses.replace(stage, folder=stage.folder / "features"))
+    assert flips == [True, True, False, False]
