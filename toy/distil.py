@@ -36,10 +36,8 @@ def make_student(teacher, settings, second=None):
     second one of another size; with --distil-init random a network of its size, untrained."""
     denoiser = copy.deepcopy(second or teacher)
     if settings.distil_init == "random":
-        widths = settings.distil_widths or settings.teacher_widths
-        size = dataclasses.replace(settings, teacher_widths=widths)
         torch.manual_seed(settings.seed_of("distil"))
-        denoiser = resized(teacher, size).to(teacher.schedule.alpha.device)
+        denoiser = resized(teacher, settings.of_students_size).to(teacher.schedule.alpha.device)
     for module in denoiser.requires_grad_(True).modules():
         if isinstance(module, nn.Dropout):
             # It keeps a long training from overfitting; here it would only add noise to x_hat.
@@ -208,8 +206,7 @@ def load_student(folder):
         settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
         if settings.conditional:
             standardize = Standardize(state["mean"], state["std"])
-            widths = settings.distil_widths or settings.teacher_widths
-            size = dataclasses.replace(settings, teacher_widths=widths)
+            size = settings.of_students_size
             denoiser = make_denoiser(state["shape"][0], len(classes), size, standardize)
         else:
             denoiser = make_public(state["public"], len(classes), settings.precision == "bf16")

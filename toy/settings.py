@@ -195,11 +195,17 @@ class Settings:
         return self.seed + DRAWS.index(draws)
 
     @property
+    def of_students_size(self):
+        """The settings of a teacher that is as large as the student."""
+        widths = self.distil_widths or self.teacher_widths
+        return dataclasses.replace(self, teacher_widths=widths)
+
+    @property
     def for_second_teacher(self):
         """The settings of what a student of another size starts from; None if nothing does."""
         if not self.distil_widths or self.distil_init == "random":
             return None
-        return dataclasses.replace(self, teacher_widths=self.distil_widths)
+        return self.of_students_size
 
     @property
     def conditional(self):
