@@ -181,6 +181,11 @@ class Backbone:
             cond["added_cond_kwargs"]["time_ids"] = sizes.to(self.device, dtype)
         return cond
 
+    def uncropped(self, cond, size):
+        """with_sizes() for square images of that size, which nothing was cropped from."""
+        n = len(cond["encoder_hidden_states"])
+        return self.with_sizes(cond, torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1))
+
     # Parts for add.py -----------------------------------------------------------------------------
 
     def read_unet(self, settings, dtype):

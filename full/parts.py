@@ -170,9 +170,8 @@ class Parts:
 
     def _null(self, n):
         """∅ for n samples, for the teacher, with the sizes of an uncropped image."""
-        size = self.settings.resolution
-        sizes = torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1)
-        return self.teacher_backbone.with_sizes(self.teacher_backbone.null(n), sizes)
+        backbone = self.teacher_backbone
+        return backbone.uncropped(backbone.null(n), self.settings.resolution)
 
     def _make_features(self, dtype, teacher):
         settings = self.settings
