@@ -453,8 +453,8 @@ class ADDConfig:
         pair = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
         rising = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
         rising = rising and -math.inf < pair[0] <= pair[1] < math.inf
-        steps, nfsd = self.teacher_steps, self.weight == "nfsd"
-        countable = type(steps) is int and 0 < steps <= (1 if nfsd else 1000)
+        steps = self.teacher_steps
+        most, span = (1, "1 with nfsd") if self.weight == "nfsd" else (1000, "from 1 to 1000")
         for name, allowed, rule in (
             ("weight", self.weight in WEIGHTS, f"one of {WEIGHTS}"),
             ("space", self.space in ("pixel", "latent"), "'pixel' or 'latent'"),
@@ -462,7 +462,7 @@ class ADDConfig:
             ("lambda_", 0 <= self.lambda_ < math.inf, "finite and at least 0"),
             ("gamma", 0 <= self.gamma < math.inf, "finite and at least 0"),
             ("guidance", rising, "a number, or a rising pair"),
-            ("teacher_steps", countable, "1 with nfsd" if nfsd else "from 1 to 1000"),
+            ("teacher_steps", type(steps) is int and 0 < steps <= most, span),
         ):
             if not allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")

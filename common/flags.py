@@ -94,14 +94,14 @@ def add_flags(parser, settings_class, default="default"):
         )
 
 
-def add_page_flags(parser):
-    """--host and --port of a demo's page."""
+def add_page_flags(parser, port=7860):
+    """--host and --port of a local page."""
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, reachable from this machine alone)",
     )
-    parser.add_argument("--port", type=int, default=7860, help="its port (default: 7860)")
+    parser.add_argument("--port", type=int, default=port, help=f"its port (default: {port})")
 
 
 def from_dict(settings_class, values):

@@ -182,7 +182,7 @@ class Backbone:
         return cond
 
     def uncropped(self, cond, size):
-        """with_sizes() for square images of that size, which nothing was cropped from."""
+        """with_sizes() for uncropped square images of that size."""
         n = len(cond["encoder_hidden_states"])
         return self.with_sizes(cond, torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1))
 

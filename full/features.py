@@ -149,8 +149,8 @@ def unit_scale(x):
 
 
 def open_clip_source(name):
-    """(model, weights) for open_clip of MODEL/WEIGHTS; of hf-hub:REPOSITORY or a folder, whose
-    weights are its own, (it, None)."""
+    """(model, weights) as open_clip takes them. A name is MODEL/WEIGHTS, hf-hub:REPOSITORY or a
+    folder; the last two have weights of their own, so None."""
     import open_clip
 
     model, _, weights = name.partition("/")

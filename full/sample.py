@@ -100,13 +100,20 @@ def load_pipeline(kind, name, dtype, flag="--pipeline"):
     return pipe
 
 
+def usual_dtype(device):
+    """The name of the dtype that a pipeline samples in unless told otherwise."""
+    import torch
+
+    return "fp32" if torch.device(device).type == "cpu" else "fp16"
+
+
 def place(kind, arguments):
     """kind's pipeline of --pipeline, on --device and in --dtype, or their defaults. ValueError."""
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = arguments.dtype or ("fp32" if torch.device(device).type == "cpu" else "fp16")
-    return load_pipeline(kind, arguments.pipeline, torch_dtype(name)).to(device)
+    dtype = torch_dtype(arguments.dtype or usual_dtype(device))
+    return load_pipeline(kind, arguments.pipeline, dtype).to(device)
 
 
 def schedule_length(steps, strength):

@@ -1,11 +1,11 @@
 """Keeps finished runs of the toy, and their tables in README.md and results/README.md.
 
 python results/keep.py RUN NAME   copies the report of the run folder RUN, with its pictures and
-                                  figures, to results/NAME
+                                  numbers, to results/NAME
 python results/keep.py            fills the pages' tables from results/ (the former does it, too)
 
 In a page a table stands between a marker and `<!-- end -->`:
-`<!-- report: NAME -->` is the table of figures of one run.
+`<!-- report: NAME -->` is the table of one run's numbers.
 `<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
 mean and, in parentheses, the least and the largest.
 `<!-- short: GROUP GROUP … -->` likewise, with fewer columns.
@@ -94,7 +94,7 @@ def spread(values, digits=3):
 
 
 def short(groups, folder="results/"):
-    """Lines of the table with a row for each group: the student's main figures."""
+    """Lines of the table with a row for each group: the student's main numbers."""
     steps = [f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)]
     head = ["run", "seeds", *steps, "accuracy, 1 and 4 steps", "precision, 1 step"]
     head.append("recall, 1 step, ×")

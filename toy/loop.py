@@ -107,7 +107,7 @@ def fit(stage, name, label, networks, loss_of, lr, weight_decay):
         log = loss_of(images, labels, generator)
         descend(log["loss"], optimizer, label)
         schedule.step()
-        return {name: value.detach() for name, value in log.items()}
+        return {k: value.detach() for k, value in log.items()}
 
     parts = {
         "networks": networks,

@@ -30,7 +30,7 @@ from common.errors import brief, one_line
 from common.fid import load_fid
 from common.flags import add_flags, check_choices, flag, option
 from common.origin import commit
-from full.sample import call_of, load_pipeline
+from full.sample import call_of, load_pipeline, usual_dtype
 from full.settings import DTYPES, from_name, torch_dtype
 from full.study.metrics import (
     CAPTIONS,
@@ -109,7 +109,7 @@ def load_models(evaluation, device):
 
     name, models = evaluation.dtype, {}
     if name == "auto":
-        name = "fp32" if device.type == "cpu" else "fp16"
+        name = usual_dtype(device)
     for model, given in (("teacher", "teacher"), ("student", "pipeline")):
         if path := from_name(getattr(evaluation, given)):
             models[model] = pipe = load_pipeline(

@@ -19,6 +19,8 @@ import time
 from itertools import combinations
 from pathlib import Path
 
+from common.flags import add_page_flags
+
 STUDIES = {
     "prompt_following": "Which image follows the prompt better?",
     "quality": "Which image is of higher quality?",
@@ -251,12 +253,7 @@ def main(argv=None):
     parser.add_argument(
         "--seed", type=int, default=0, help="of the order of pairs and sides (default: 0)"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at (default: 127.0.0.1, this machine alone)",
-    )
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    add_page_flags(parser, port=8000)
     arguments = parser.parse_args(argv)
     try:
         folders, prompts = read_images(arguments.images)
