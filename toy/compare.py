@@ -3,8 +3,8 @@ fast samplers, on one teacher a seed: python toy/compare.py --dataset glyphs
 
 Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as fit
 into the time of ADD's iterations: the pace of both is measured side by side. Each method's learning
-rate, ADD's too, is the best of three on seed 0, by the geometric mean of its distances. The table
-shows other seeds.
+rate, ADD's too, is the best of three or four on seed 0, by the geometric mean of its distances. The
+table shows other seeds.
 
 A finished training is kept as a small file and not done again. Stop with Ctrl-C at any time: the
 same command continues, and a rival that was stopped begins anew. Writes OUT/compare-DATASET.md and

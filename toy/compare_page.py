@@ -145,7 +145,7 @@ def at_the_edges(rates):
     for edge, i in (("smallest", 0), ("largest", -1)):
         names = [METHODS[name].title for name, lr in rates.items() if lr == METHODS[name].rates[i]]
         if names:
-            sentences.append(f"The {edge} of the three rates was best for {', '.join(names)}.")
+            sentences.append(f"The {edge} rate tried was best for {', '.join(names)}.")
     return sentences + ["A wider search may bring these closer."] if sentences else []
 
 
@@ -210,7 +210,7 @@ def write_page(out, cells, base, arguments, command):
         "All methods have the same teacher, data, batch and size of network. A rival trains as "
         "long as ADD's iterations take, at the pace of both measured side by side; drawing pairs "
         "from the teacher counts. *Adversarial only* runs for ADD's iterations. Each method's "
-        f"learning rate is the best of its own three on seed {TUNING_SEED}, by the geometric mean "
+        f"learning rate is the best of three or four on seed {TUNING_SEED}, by the geometric mean "
         "of its distances.",
         "",
         *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),

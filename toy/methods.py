@@ -35,7 +35,7 @@ def rival_method(name, rival):
     return Method(name, rival.TITLE, rival.STEPS, rival.LEARNING_RATES, rival)
 
 
-ADD = Method("add", "ADD", (1, 2, 4), (1e-4, 3e-4, 1e-3))
+ADD = Method("add", "ADD", (1, 2, 4), (3e-5, 1e-4, 3e-4, 1e-3))
 METHODS = {
     method.name: method
     for method in (

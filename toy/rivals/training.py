@@ -28,7 +28,7 @@ class Training:
     """
 
     TITLE = ""  # in the table
-    LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # of which compare.py finds the best
+    LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of which compare.py finds the best
     STEPS = (1, 2, 4)  # at which the method is scored
     BETA1 = 0.9  # of Adam (β_2 is 0.99, as ADD's)
     PHASES = 1  # of equal numbers of steps; the steps of one phase take equal time
