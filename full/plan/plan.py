@@ -13,9 +13,9 @@ from collections import Counter
 from full.plan.dry_run import DryRun
 from full.plan.labels import STUDENT
 
-# Share of the peak rates that is reached: an assumption, usual for convolutions and attention of
-# this size.
-UTILISATION = 0.4
+# Share of the peak rates that is reached. With 8 images or more it was 10 to 15 % on an H100 and an
+# H200 (results/gpu.md). Slower GPUs may reach more.
+UTILISATION = 0.12
 # Share of the links' rates: an assumption, about what NCCL's all-reduce has on eight A100.
 LINK_UTILISATION = 0.75
 # What is kept free: a share for fragments and workspaces, bytes for CUDA's context and NCCL.
@@ -292,7 +292,7 @@ class Plan:
         arithmetic = s.accumulate * self.seconds(s.batch)
         communication = sum(self.communication(mode))
         return {
-            f"arithmetic at {UTILISATION:.0%} of the peak (assumed), s": f"{arithmetic:.2f}",
+            f"arithmetic at {UTILISATION:.0%} of the peak, s": f"{arithmetic:.2f}",
             f"communication at {LINK_UTILISATION:.0%} of the link (assumed), s": (
                 f"{communication:.3f}"
             ),
