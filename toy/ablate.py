@@ -24,7 +24,7 @@ from common.checkpoints import write_text
 from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import (
-    FIGURES,
+    METRICS,
     STEPS,
     Testbed,
     base_settings,
@@ -235,15 +235,15 @@ def read_all(cells, base):
     return found
 
 
-def collect(found, name, steps, figure):
-    """{seed: figure} of a row in that many steps, without the seeds whose training failed; found is
+def collect(found, name, steps, metric):
+    """{seed: value} of a row in that many steps, without the seeds whose training failed; found is
     read_all's. Distances are multiples of that seed's teacher's."""
     values = {}
     for seed, (cell, teacher) in found[name].items():
         for row in cell["rows"]:
             if row["steps"] == steps:
-                unit = teacher["rows"][0]["fd"] if figure == "fd" else 1
-                values[seed] = row[figure] / unit
+                unit = teacher["rows"][0]["fd"] if metric == "fd" else 1
+                values[seed] = row[metric] / unit
     return values
 
 
@@ -277,7 +277,7 @@ def table(found):
             text = "**default**" if row == DEFAULT else f"{title_of(row)} (`{row.name}`)"
             line = [text, ", ".join(map(str, seeds))]
             for steps in STEPS:
-                distance, *others = (collect(found, row.name, steps, f) for f in FIGURES)
+                distance, *others = (collect(found, row.name, steps, f) for f in METRICS)
                 usual = collect(found, DEFAULT.name, steps, "fd") if row != DEFAULT else {}
                 line += [show(distance), quotient(distance, usual), *map(show, others)]
             lines.append(line)
@@ -296,8 +296,8 @@ def judge(claims, found, head):
                 for name, values in zip(names, (better, worse), strict=True)
             )
             others = [
-                difference(*(collect(found, name, claim.steps, figure) for name in names))
-                for figure in ("precision", "accuracy")
+                difference(*(collect(found, name, claim.steps, metric) for name in names))
+                for metric in ("precision", "accuracy")
             ]
             lines.append([claim.text, ours, verdict(better, worse), *others])
     head = [head, "here: distance, ×", "verdict", "precision, difference", "accuracy, difference"]
@@ -340,7 +340,7 @@ def write_page(out, cells, base, arguments, command):
     commits, machines = sources(cell for by_seed in found.values() for cell, _ in by_seed.values())
     seeds = ", ".join(map(str, teachers))
     fd, precision, recall, accuracy = (
-        show({seed: cell["rows"][0][name] for seed, cell in teachers.items()}) for name in FIGURES
+        show({seed: cell["rows"][0][name] for seed, cell in teachers.items()}) for name in METRICS
     )
     remarks = [text for name, text in REMARKS.items() if collect(found, name, 1, "fd")]
     remarks += failures(found)

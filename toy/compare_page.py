@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from common import markdown
 from common.checkpoints import write_text
 from toy.methods import ADD, METHODS, TUNING_SEED, best_rate, find, tuning_cells, wanted_methods
-from toy.testbed import FIGURES, origin_of, show, sources, verdict, with_seed
+from toy.testbed import METRICS, origin_of, show, sources, verdict, with_seed
 
 COUNTED = {1: "one step", 2: "two steps", 4: "four steps"}
 
 
 @dataclass
 class Line:
-    """A line of the table; figures and minutes are by seed."""
+    """A line of the table; metrics and minutes are by seed."""
 
     method: str
     steps: int
-    figures: dict  # of FIGURES, and milliseconds; distances are multiples of the teacher's in 50
+    metrics: dict  # of METRICS, and milliseconds; distances are multiples of the teacher's in 50
     minutes: dict
     lr: float | None
 
@@ -40,12 +40,12 @@ def lines_of(teachers, found, rates):
 
     def add(name, steps, rows, minutes, lr):
         """rows: {seed: row}."""
-        figures = {f: {seed: row[f] for seed, row in rows.items()} for f in FIGURES}
-        figures["fd"] = {seed: row["fd"] / teachers[seed][0]["fd"] for seed, row in rows.items()}
-        figures["milliseconds"] = {
+        metrics = {f: {seed: row[f] for seed, row in rows.items()} for f in METRICS}
+        metrics["fd"] = {seed: row["fd"] / teachers[seed][0]["fd"] for seed, row in rows.items()}
+        metrics["milliseconds"] = {
             seed: 1000 * row["evaluations"] * pace[seed] for seed, row in rows.items()
         }
-        lines.append(Line(name, steps, figures, minutes, lr))
+        lines.append(Line(name, steps, metrics, minutes, lr))
 
     for i, row in enumerate(next(iter(teachers.values()))):  # all have the same samplers
         by_seed = {seed: rows[i] for seed, rows in teachers.items()}
@@ -66,13 +66,13 @@ def contested(lines):
 
 
 def mean(values):
-    """Of {seed: figure}."""
+    """Of {seed: value}."""
     return statistics.mean(values.values())
 
 
 def shared_seeds(lines):
     """The seeds that all of these lines have."""
-    return sorted(set.intersection(*(set(line.figures["fd"]) for line in lines)))
+    return sorted(set.intersection(*(set(line.metrics["fd"]) for line in lines)))
 
 
 def ranked(lines, steps):
@@ -80,7 +80,7 @@ def ranked(lines, steps):
     if they share none."""
     lines = [line for line in lines if line.steps == steps]
     seeds = shared_seeds(lines) if lines else []
-    ordered = sorted(lines, key=lambda line: sum(line.figures["fd"][seed] for seed in seeds))
+    ordered = sorted(lines, key=lambda line: sum(line.metrics["fd"][seed] for seed in seeds))
     return ordered if seeds else []
 
 
@@ -90,7 +90,7 @@ def conclusion(lines, steps):
     first, *others = ranked(lines, steps)
     other = next((line for line in others if line.method == ADD.title), others[0])
     seeds = shared_seeds([first, *others])
-    better, worse = ({seed: line.figures["fd"][seed] for seed in seeds} for line in (first, other))
+    better, worse = ({seed: line.metrics["fd"][seed] for seed in seeds} for line in (first, other))
     noise = {
         "holds": "The difference is more than noise.",
         "does not hold": "Most seeds say the opposite, beyond noise.",
@@ -108,11 +108,11 @@ def table(lines, contests):
     head += ["training, minutes", "learning rate", "seeds"]
     best, rows = [ranked(lines, steps)[0] for steps in contests], []
     for line in lines:
-        figures = [show(line.figures[f]) for f in FIGURES]
+        metrics = [show(line.metrics[f]) for f in METRICS]
         lr = "" if line.lr is None else f"{line.lr:g}"
-        milliseconds = show(line.figures["milliseconds"], 3)
-        row = [line.method, line.steps, milliseconds, *figures, show(line.minutes), lr]
-        row += [len(line.figures["fd"])]
+        milliseconds = show(line.metrics["milliseconds"], 3)
+        row = [line.method, line.steps, milliseconds, *metrics, show(line.minutes), lr]
+        row += [len(line.metrics["fd"])]
         rows.append([f"**{cell}**" if line in best and cell != "" else cell for cell in row])
     return markdown.table(head, rows)
 
@@ -127,7 +127,7 @@ def draw(path, lines):
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for i, name in enumerate(dict.fromkeys(line.method for line in lines)):
         mine = [line for line in lines if line.method == name]
-        x, y = ([mean(line.figures[f]) for line in mine] for f in ("milliseconds", "fd"))
+        x, y = ([mean(line.metrics[f]) for line in mine] for f in ("milliseconds", "fd"))
         axes.plot(x, y, marker="osD^vPX*<>"[i % 10], color=f"C{i % 10}", linewidth=1, label=name)
         for line, *where in zip(mine, x, y, strict=True):
             offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)

@@ -139,7 +139,7 @@ def load(name, data_dir=None, *, seed=0, size=32, limit=None, max_bad_files=0):
     return replace(data, kind=name)
 
 
-FEWEST_TESTS = 20  # test images, for k-NN figures and a covariance
+FEWEST_TESTS = 20  # test images, for k-NN metrics and a covariance
 
 
 def check_splits(data):

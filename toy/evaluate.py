@@ -40,10 +40,10 @@ class Scorer:
         images = draw()
         synchronize(self.device)
         seconds = time.time() - began
-        figures = self._measure(images.cpu(), self.labels.cpu())
+        metrics = self._measure(images.cpu(), self.labels.cpu())
         asked = f"{name}, {steps} steps, guidance {guidance:g}"
-        print(f"  {asked}: distance {figures['fd']:.2f}", flush=True)
-        return figures | {
+        print(f"  {asked}: distance {metrics['fd']:.2f}", flush=True)
+        return metrics | {
             "name": name,
             "steps": steps,
             "guidance": guidance,
@@ -101,7 +101,7 @@ class Scorer:
 
 
 def evaluate(data, settings, metric_net, teacher, started, student, device, fid=None):
-    """{"real": row, "teacher": [rows], "student": [rows], …}: every figure of the report, each from
+    """{"real": row, "teacher": [rows], "student": [rows], …}: every number of the report, each from
     eval_images images.
 
     The teacher's guidance is the one of eval_guidances with the least distance at

@@ -82,20 +82,20 @@ def within_class_variance(x, labels):
     return torch.stack(variances).mean().item() if variances else math.nan
 
 
-def margin(figure, x):
-    """Half of the 95 % confidence interval of figure(x) over samples x (N, …): the jackknife, which
+def margin(metric, x):
+    """Half of the 95 % confidence interval of metric(x) over samples x (N, …): the jackknife, which
     leaves out a tenth of x at a time (Efron & Tibshirani 1993, §11).
 
-    A bootstrap draws some samples twice. That adds to a Fréchet distance, and k-NN figures then
+    A bootstrap draws some samples twice. That adds to a Fréchet distance, and k-NN metrics then
     count a sample as its own neighbour.
     """
     parts = x.tensor_split(GROUPS)  # in a row, so that all classes stay equally frequent
-    without = [figure(torch.cat([*parts[:i], *parts[i + 1 :]])) for i in range(GROUPS)]
+    without = [metric(torch.cat([*parts[:i], *parts[i + 1 :]])) for i in range(GROUPS)]
     return STUDENT_T[GROUPS - 1] * (GROUPS - 1) / math.sqrt(GROUPS) * statistics.stdev(without)
 
 
 def measure(network, images, labels, real_features, device):
-    """All figures for generated images with the class they were asked for. Precision and recall use
+    """All metrics of generated images with the class they were asked for. Precision and recall use
     as many real images as there are generated ones, if there are so many: both depend on the
     number. fd_margin, recall_margin: see margin."""
     features, predicted = embed(network, images, device)

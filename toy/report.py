@@ -28,7 +28,7 @@ def meets(value, goal):
 
 
 def goals(results, preset):
-    """[(what, value, goal, met)] of the student; × divides by the teacher's figure."""
+    """[(what, value, goal, met)] of the student; × divides by the teacher's number."""
     colour = results.get("colour", False)
     teacher, goal = best_teacher(results), COLOUR if colour else GOALS.get(preset, GOALS["cpu"])
     by_steps = {row["steps"]: row for row in results["student"]}
@@ -86,8 +86,8 @@ def table(results):
         speed = f"{row['images_per_second']:.0f}" if "images_per_second" in row else ""
         fid = f"{row['fid']:.2f}" if "fid" in row else ""
         distance, recall = (
-            f"{row[figure]:.2f}" + (f" ± {row[margin]:.2f}" if margin in row else "")
-            for figure, margin in (("fd", "fd_margin"), ("recall", "recall_margin"))
+            f"{row[metric]:.2f}" + (f" ± {row[margin]:.2f}" if margin in row else "")
+            for metric, margin in (("fd", "fd_margin"), ("recall", "recall_margin"))
         )
         accuracy = f"{row['accuracy']:.1%}"
         if not results.get("conditional", True) and row is not real:
@@ -114,8 +114,8 @@ def health(log):
     right, real and generated."""
     tail = {name: values[-max(1, len(values) // 10) :] for name, values in log.items()}
     mean = {name: sum(values) / len(values) for name, values in tail.items()}
-    figures = [f"{mean[name]:.3g}" for name in HEALTH] + [f"{log['nonfinite'][-1]:.0f}"]
-    lines = [*markdown.table([*HEALTH.values(), "steps skipped, not finite"], [figures]), ""]
+    means = [f"{mean[name]:.3g}" for name in HEALTH] + [f"{log['nonfinite'][-1]:.0f}"]
+    lines = [*markdown.table([*HEALTH.values(), "steps skipped, not finite"], [means]), ""]
     if mean["discriminator_won"] >= 0.5:
         lines += [
             "**The discriminator has won**: it tells 19 of 20 tokens right, and the student learns "

@@ -1,5 +1,5 @@
 """What ablate.py, compare.py and time_to_quality.py share: the data, metric network and teachers of
-a seed, trained once; cells, each one training's figures in a small file; means and spreads of
+a seed, trained once; cells, each one training's metrics in a small file; means and spreads of
 seeds.
 """
 
@@ -29,7 +29,7 @@ from toy.settings import DATASETS, PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
 STEPS = (1, 4)  # at which a student is scored
-FIGURES = ("fd", "precision", "recall", "accuracy")  # of the tables
+METRICS = ("fd", "precision", "recall", "accuracy")  # of the tables
 
 
 class Testbed:
@@ -69,7 +69,7 @@ class Testbed:
         return self.stage("distil", settings), teacher, features, second
 
     def add(self, settings, counts=STEPS):
-        """(figures of the student at these numbers of steps, seconds of training) of the ADD
+        """(metrics of the student at these numbers of steps, seconds of training) of the ADD
         training of these settings. Its folder is removed, also after NotFinite: what it could be
         resumed from would fail again."""
         stage, *ingredients = self.ingredients(settings)
@@ -195,7 +195,7 @@ def mean_and_noise(values):
 
 
 def show(values, digits=2):
-    """Mean ± standard deviation of {seed: figure}, as a table's cell."""
+    """Mean ± standard deviation of {seed: value}, as a table's cell."""
     if not values:
         return ""
     mean, spread = mean_and_spread(list(values.values()))
@@ -206,7 +206,7 @@ def verdict(better, worse):
     """ "holds" if `better` is below `worse` by more than noise, "does not hold" if it is above by
     more than that, "within noise" in between, "too few seeds" if they share less than two.
 
-    Both are {seed: figure > 0}. A seed's rows share their teacher and data, so they are compared in
+    Both are {seed: value > 0}. A seed's rows share their teacher and data, so they are compared in
     pairs: a t test on the logarithms of the ratios, at 95 %.
     """
     ratios = log_ratios(worse, better)
@@ -219,12 +219,12 @@ def verdict(better, worse):
 
 
 def log_ratios(x, y):
-    """log(x / y) for the seeds that both {seed: figure > 0} have."""
+    """log(x / y) for the seeds that both {seed: value > 0} have."""
     return [math.log(x[seed] / y[seed]) for seed in x.keys() & y.keys()]
 
 
 def quotient(x, y):
-    """Geometric mean of x / y over the seeds that both {seed: figure > 0} have, and its 95 %
+    """Geometric mean of x / y over the seeds that both {seed: value > 0} have, and its 95 %
     interval; bold if 1 lies outside of that. A table's cell."""
     exp = math.exp
     return bold_beyond_noise(
@@ -235,7 +235,7 @@ def quotient(x, y):
 
 
 def difference(x, y):
-    """Mean of x - y over the seeds that both {seed: figure} have, and its noise; bold if it is
+    """Mean of x - y over the seeds that both {seed: value} have, and its noise; bold if it is
     larger than that. A table's cell."""
     return bold_beyond_noise(
         [x[seed] - y[seed] for seed in x.keys() & y.keys()],

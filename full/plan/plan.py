@@ -25,7 +25,7 @@ NODE, NETWORK = 8, 25e9  # more GPUs than NODE talk through a network: 200 Gb/s 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Vendors' figures: dense bf16 with float32 sums, one direction of the link."""
+    """Vendors' numbers: dense bf16 with float32 sums, one direction of the link."""
 
     # Bytes that PyTorch has ("total capacity" in its out-of-memory messages), less than on the box.
     memory: float

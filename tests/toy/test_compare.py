@@ -154,7 +154,7 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
         ("ADD", 4), ("ADD", 2), ("ADD", 1), ("regression", 1),
         ("teacher, DDIM", 50), ("teacher, DDIM", 4), ("teacher, DDIM", 1),
     ]  # fmt: skip
-    assert lines[2].figures["fd"] == {1: 0.5, 2: 0.6} and lines[2].minutes == {1: 1, 2: 1}
+    assert lines[2].metrics["fd"] == {1: 0.5, 2: 0.6} and lines[2].minutes == {1: 1, 2: 1}
     assert compare_page.contested(lines) == [1, 4]  # nobody else has two steps
     assert compare_page.conclusion(lines, 1) == (
         "In one step ADD has the shortest distance (0.55 ± 0.07; regression 4.10 ± 0.14). "
