@@ -216,9 +216,9 @@ class Plan:
             f"{s.steps} iterations at {s.resolution}×{s.resolution}, {s.precision}: {s.batch} "
             f"images × {s.accumulate} micro-batches × {self.gpus} GPUs = "
             f"{s.batch * s.accumulate * self.gpus}.",
-            "Measured without weights on torch's meta device. On an H100 the memory was right within",
-            "7%; the time of 8 images or more, within a third. GB = 1e9 bytes, TFLOP = 1e12",
-            "operations, and a multiply-add is two of them.",
+            "Measured without weights on torch's meta device. On an H100 the memory was right to",
+            "within 7%, and the time of 8 images or more to within a third. GB = 1e9 bytes, TFLOP",
+            "= 1e12 operations, and a multiply-add is two of them.",
             "",
         )
         tables = self._parameters(), self._operations(), self._memory(), self._time()
