@@ -40,6 +40,14 @@ METHODS = {
     method.name: method
     for method in (
         ADD,
+        Method(
+            "add-convolutional",
+            "ADD, F a convolutional classifier",
+            ADD.steps,
+            ADD.rates[:3],
+            # With so short a training of F the whole takes about ADD's time.
+            settings=dict(features="convolutional", features_steps=150),
+        ),
         # In the place of StyleGAN-T++: ADD's discriminator, and no diffusion model to start from.
         Method(
             "adversarial",

@@ -69,9 +69,9 @@ class Testbed:
         return self.stage("distil", settings), teacher, features, second
 
     def add(self, settings, counts=STEPS):
-        """(metrics of the student at these numbers of steps, seconds of training) of the ADD
-        training of these settings. Its folder is removed, also after NotFinite: what it could be
-        resumed from would fail again."""
+        """(metrics of the student at these numbers of steps, seconds of training, F's among them)
+        of the ADD training of these settings. Its folder is removed, also after NotFinite: what it
+        could be resumed from would fail again."""
         stage, *ingredients = self.ingredients(settings)
         try:
             student, seconds = distil(stage, *ingredients)
@@ -82,7 +82,7 @@ class Testbed:
         student = Student(student.denoiser, self.settings.distil_timesteps)
         rows = [self.scorer.student(student, k) for k in counts]
         clean(stage)
-        return rows, seconds
+        return rows, seconds + make_features(self.stage("features", settings))[1]
 
     def check_teacher(self, cell, missing):
         """ValueError if the missing cells would get another teacher than the stored one. Where
