@@ -303,4 +303,4 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
 
 def test_an_unknown_method_is_refused(tmp_path, capsys):
     code, err = main_in_process(compare, [*FLAGS, "--only", "z", "--out", tmp_path], capsys)
-    assert code == 2 and "--only z: no such method; choose from add, add-convolutional, adversarial" in err
+    assert code == 2 and "--only z: no such method; choose from add, add-conv" in err
