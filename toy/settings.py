@@ -114,7 +114,12 @@ class Settings:
         FEATURES,
     )
     features_patch: int = option(4, "patch size of F, a ViT", limits=COUNT)
-    features_width: int = option(96, "channels of F, a ViT", limits=COUNT)
+    features_width: int = option(
+        96,
+        "channels of F, a ViT; a convolutional F has half, one and two times as many at its three "
+        "resolutions",
+        limits=COUNT,
+    )
     features_depth: int = option(
         3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT
     )
