@@ -187,6 +187,13 @@ def test_a_mean_that_most_seeds_contradict_is_said_to_be_so():
     text = compare_page.conclusion([add, rival], 1)
     assert text.startswith("In one step regression has the shortest distance (22.40 ± ")
     assert text.endswith("Most seeds say the opposite, beyond noise.")
+    # ADD with another F is compared with the best rival, not with ADD.
+    better = line("ADD, F a convolutional classifier", {1: 0.5, 2: 0.51, 3: 0.52})
+    text = compare_page.conclusion([better, add, rival], 1)
+    assert text.startswith(
+        "In one step ADD, F a convolutional classifier has the shortest distance (0.51 ± 0.01; "
+        "regression 1.00 ± 0.01). The difference is more than noise."
+    )
     # A seed that one of them lacks does not count.
     broken = line("regression", {1: 2.0, 2: 2.04})
     text = compare_page.conclusion([broken, line("ADD", {1: 1.0, 2: 1.02, 3: 6.0})], 1)
