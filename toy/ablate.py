@@ -174,7 +174,8 @@ REMARKS = {  # below the table, if it has the row
     "sds": "The weight of SDS, α σ / 2, is less than half of the exponential one, α, so the "
     "distillation loss counts less, as with a smaller λ.",
     "nfsd": "NFSD asks its teacher at guidance 7.5, as in its paper.",
-    "f-convolutional": "The convolutional F resembles the metric network, which may favour it.",
+    "f-convolutional": "The convolutional F resembles the metric network, which may favour it. On "
+    "one seed it was closer in other networks' features, too (toy/experiments.md).",
     "small-small": "In group e F changes with the teacher, whose encoder it is.",
 }
 

@@ -88,8 +88,8 @@ def conclusion(lines, steps):
     """Sentences: who is best in one of the contested numbers of steps, and how the best of ADD
     compares, or if ADD is the best, with whichever F, the best of the rivals."""
     first, *others = ranked(lines, steps)
-    adds = first.method.startswith(ADD.title)
-    other = next((x for x in others if x.method.startswith(ADD.title) != adds), others[0])
+    ours = first.method.startswith(ADD.title)
+    other = next((x for x in others if x.method.startswith(ADD.title) != ours), others[0])
     seeds = shared_seeds([first, *others])
     better, worse = ({seed: line.metrics["fd"][seed] for seed in seeds} for line in (first, other))
     noise = {
