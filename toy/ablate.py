@@ -1,4 +1,4 @@
-"""The paper's Table 1 at toy scale: each row one change from the default run, several seeds each:
+"""The paper's Table 1 at toy scale: each row one change from the base, several seeds each:
 python toy/ablate.py --dataset glyphs
 
 A finished cell (one row, one seed) is kept as a small file and not run again. Stop with Ctrl-C at
@@ -24,6 +24,7 @@ from common.checkpoints import write_text
 from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import (
+    CELL,
     METRICS,
     STEPS,
     Testbed,
@@ -123,8 +124,9 @@ GROUPS = {
         ],
     ),
 }
-DEFAULT = Row("default", "default")
-ROWS = {row.name: row for row in (DEFAULT, *(r for _, rows in GROUPS.values() for r in rows))}
+# F is the teacher's encoder: see testbed.CELL.
+BASE = Row("base", "the base")
+ROWS = {row.name: row for row in (BASE, *(r for _, rows in GROUPS.values() for r in rows))}
 
 
 @dataclass(frozen=True)
@@ -144,30 +146,30 @@ PAPER = [
     Claim("b) c_img alone is better than c_text alone: FID 21.1, 21.2; CLIP 0.316, 0.307",
           "c-img", "c-text"),
     Claim("b) both conditions are better than none: FID 20.6, 21.2; CLIP 0.319, 0.302",
-          "default", "c-none"),
-    Claim("b) … than c_img alone: FID 20.6, 21.1; CLIP 0.319, 0.316", "default", "c-img"),
+          "base", "c-none"),
+    Claim("b) … than c_img alone: FID 20.6, 21.1; CLIP 0.319, 0.316", "base", "c-img"),
     Claim("c) a pretrained student is better than a random one: FID 20.6, 293.6; CLIP 0.319, "
-          "0.065", "default", "start-random"),
+          "0.065", "base", "start-random"),
     Claim("d) both losses are better than the adversarial one: FID 20.6, 20.8; CLIP 0.319, "
-          "0.315", "default", "adversarial"),
+          "0.315", "base", "adversarial"),
     Claim("d) … than distillation: FID 20.6, 315.6; CLIP 0.319, 0.076",
-          "default", "distillation"),
+          "base", "distillation"),
     Claim("d) the exponential weight is better than that of SDS: FID 20.6, 22.3; CLIP 0.319, "
-          "0.325", "default", "sds"),
-    Claim("d) … than that of NFSD: FID 20.6, 21.8; CLIP 0.319, 0.327", "default", "nfsd"),
+          "0.325", "base", "sds"),
+    Claim("d) … than that of NFSD: FID 20.6, 21.8; CLIP 0.319, 0.327", "base", "nfsd"),
     Claim("e) a small student is better with a small teacher: FID 20.6, 21.3; CLIP 0.319, 0.321",
           "small-small", "small-large"),
     Claim("e) a large student is better with a large teacher: FID 28.4, 29.3; CLIP 0.325, 0.314",
-          "default", "large-small"),
+          "base", "large-small"),
     Claim("f) one teacher step is better than two: FID 20.6, 20.8; CLIP 0.319, 0.321",
-          "default", "steps-2"),
+          "base", "steps-2"),
     Claim("f) four are better than one: FID 20.3, 20.6; CLIP 0.317, 0.319 (the paper: no "
-          "conclusive gain)", "steps-4", "default"),
+          "conclusive gain)", "steps-4", "base"),
 ]  # fmt: skip
 DESIGN = [
-    Claim("R1 helps in one step (the paper: above all beyond 128×128 pixels)", "default", "no-r1"),
-    Claim("four timesteps in training help sampling in four steps", "default", "one-timestep", 4),
-    Claim("the heads' local batch norm helps in one step", "default", "no-local-norm"),
+    Claim("R1 helps in one step (the paper: above all beyond 128×128 pixels)", "base", "no-r1"),
+    Claim("four timesteps in training help sampling in four steps", "base", "one-timestep", 4),
+    Claim("the heads' local batch norm helps in one step", "base", "no-local-norm"),
 ]
 REMARKS = {  # below the table, if it has the row
     "f-large": "The large F has seven heads instead of four, so the adversarial loss weighs more.",
@@ -181,10 +183,10 @@ REMARKS = {  # below the table, if it has the row
 
 
 def wanted_rows(only):
-    """The rows of some groups or of some names, the default first."""
+    """The rows of some groups or of some names, the base first."""
     if not only:
         return [row for row in ROWS.values() if not row.online]
-    rows = [DEFAULT]
+    rows = [BASE]
     for name in only:
         if name in GROUPS:
             rows += [row for row in GROUPS[name][1] if not row.online]
@@ -208,8 +210,8 @@ def run_cells(arguments, cells, device):
         base = base_settings(arguments, seed, device)
         bed = Testbed(arguments.work, base, device)
         missing = {row.name: settings_of(row, base) for row in wanted}
-        # At another preset a row may be the default itself.
-        missing = {n: s for n, s in missing.items() if n == "default" or s != base}
+        # At another preset a row may be the base itself.
+        missing = {n: s for n, s in missing.items() if n == "base" or s != base}
         missing = {n: s for n, s in missing.items() if not cells.read(n, s, bed.origin)}
         if teacher := cells.read("teacher", base, bed.origin):
             bed.check_teacher(teacher, missing)
@@ -260,7 +262,7 @@ def failures(found):
 
 def title_of(row):
     """Its group's letter and title, and its own text."""
-    if row == DEFAULT:
+    if row == BASE:
         return row.text
     letter, title = next((k, title) for k, (title, rows) in GROUPS.items() if row in rows)
     return f"{letter}) {title}: {row.text}"
@@ -271,15 +273,15 @@ def table(found):
     head = ["", "seeds"]
     for steps in STEPS:
         label = f"{steps} step{'s' * (steps > 1)}"
-        head += [f"distance, {label}, ×", "over the default's", "precision", "recall", "accuracy"]
+        head += [f"distance, {label}, ×", "over the base's", "precision", "recall", "accuracy"]
     lines = []
     for row in ROWS.values():
         if seeds := collect(found, row.name, 1, "fd"):
-            text = "**default**" if row == DEFAULT else f"{title_of(row)} (`{row.name}`)"
+            text = "**the base**" if row == BASE else f"{title_of(row)} (`{row.name}`)"
             line = [text, ", ".join(map(str, seeds))]
             for steps in STEPS:
                 distance, *others = (collect(found, row.name, steps, f) for f in METRICS)
-                usual = collect(found, DEFAULT.name, steps, "fd") if row != DEFAULT else {}
+                usual = collect(found, BASE.name, steps, "fd") if row != BASE else {}
                 line += [show(distance), quotient(distance, usual), *map(show, others)]
             lines.append(line)
     return markdown.table(head, lines)
@@ -306,18 +308,18 @@ def judge(claims, found, head):
 
 
 def draw(path, found):
-    """Plot each row's one-step distance over the default's: a dot for each seed, a bar at their
+    """Plot each row's one-step distance over the base's: a dot for each seed, a bar at their
     geometric mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    usual = collect(found, DEFAULT.name, 1, "fd")
+    usual = collect(found, BASE.name, 1, "fd")
     lines = [
         (title_of(row), log_ratios(collect(found, row.name, 1, "fd"), usual))
         for row in ROWS.values()
-        if row != DEFAULT
+        if row != BASE
     ]
     lines = [(text, values) for text, values in lines if values][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.25 * len(lines)), layout="constrained")
@@ -326,7 +328,7 @@ def draw(path, found):
         axes.plot([math.exp(x) for x in values], [i] * len(values), ".", color="C0")
         axes.plot([math.exp(statistics.mean(values))], [i], "|", color="C3", markersize=10)
     axes.set_yticks(range(len(lines)), [text for text, _ in lines])
-    axes.set(xscale="log", xlabel="Fréchet distance in one step over the default's, same seed")
+    axes.set(xscale="log", xlabel="Fréchet distance in one step over the base's, same seed")
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -351,15 +353,16 @@ def write_page(out, cells, base, arguments, command):
         f"`{command}` · seeds {seeds} · {base.distil_steps} ADD iterations a cell · {machines} · "
         f"commit {commits}",
         "",
-        "Every row is one change from the default run. Mean ± standard deviation over the row's "
+        "Every row is one change from the base, which is a shorter run of toy/run.py with "
+        f"`--features {base.features}`. Mean ± standard deviation over the row's "
         f"seeds. Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
-        f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}). *Over the default's* "
-        "divides the row's distance by the default's, seed by seed: the geometric mean and its "
+        f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}). *Over the base's* "
+        "divides the row's distance by the base's, seed by seed: the geometric mean and its "
         "95 % interval, bold if 1 lies outside.",
         "",
         *table(found),
         "",
-        f"![one-step distances over the default's]({out.name}.png)",
+        f"![one-step distances over the base's]({out.name}.png)",
         "",
         *([" ".join(remarks), ""] if remarks else []),
         "## What the paper concludes",
@@ -383,8 +386,9 @@ def write_page(out, cells, base, arguments, command):
 
 def main(argv=None):
     """Exit codes as in toy/run.py."""
-    only = f"groups ({', '.join(GROUPS)}) or rows; the default is always among them"
-    parser = make_parser("toy/ablate.py", __doc__, "0,1,2", only)
+    only = f"groups ({', '.join(GROUPS)}) or rows; the base is always among them"
+    changes = CELL | {"features_steps": 600}  # enough for a ViT
+    parser = make_parser("toy/ablate.py", __doc__, "0,1,2", only, changes)
     return run_program(parser, "ablation", argv, run_cells, write_page)
 
 

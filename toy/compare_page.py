@@ -208,12 +208,12 @@ def write_page(out, cells, base, arguments, command):
         *(f"- {conclusion(lines, steps)}" for steps in contests),
         *(f"- {sentence}" for sentence in gaps(tried, found, seeds)),
         "",
-        "All methods have the same teacher, data, batch and size of network. A rival trains as "
-        "long as ADD's iterations take, at the pace of both measured side by side; drawing pairs "
-        "from the teacher counts. *Adversarial only* and ADD with another F run for ADD's "
-        "iterations; the minutes include the training of F. Each method's "
-        f"learning rate is the best of three or four on seed {TUNING_SEED}, by the geometric mean "
-        "of its distances.",
+        "All methods have the same teacher, data, batch and size of network. ADD, with either F, "
+        f"and *adversarial only* train for {base.distil_steps} iterations; their minutes include "
+        "the training of F. A rival trains as long as these iterations take with the teacher's "
+        "encoder as F, at the pace of both measured side by side; drawing pairs from the teacher "
+        "counts. *Adversarial only* has that F, too. Each method's learning rate is the best of "
+        f"three or four on seed {TUNING_SEED}, by the geometric mean of its distances.",
         "",
         *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),
         "ADD's other settings come from earlier trials on seeds 0, 1 and 2 (toy/experiments.md). "

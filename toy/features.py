@@ -1,5 +1,5 @@
-"""The discriminator's feature network F: the teacher's own encoder, a small network trained on the
-run's data, or one that others have trained.
+"""The discriminator's feature network F: a small network trained on the run's data, the teacher's
+own encoder, or one that others have trained.
 
 Each maps images (B, C, H, W) in [-1, 1] to token maps [(B, N_k, C_k)]. It has `channels`, the list
 of C_k, and `summary(images)`, an embedding (B, width) of whole images: c_img.

@@ -12,6 +12,7 @@ from toy.rivals.progressive import Progressive
 from toy.rivals.reflow import Reflow
 from toy.rivals.regression import Regression
 from toy.rivals.ufogen import UFOGen
+from toy.settings import Settings
 from toy.testbed import origin_of, with_seed
 
 TUNING_SEED = 0  # on which a learning rate is chosen
@@ -35,18 +36,23 @@ def rival_method(name, rival):
     return Method(name, rival.TITLE, rival.STEPS, rival.LEARNING_RATES, rival)
 
 
-ADD = Method("add", "ADD", (1, 2, 4), (3e-5, 1e-4, 3e-4, 1e-3))
+ADD = Method(
+    "add",
+    "ADD",
+    (1, 2, 4),
+    (3e-5, 1e-4, 3e-4),
+    settings=dict(features=Settings.features),
+)
 METHODS = {
     method.name: method
     for method in (
         ADD,
         Method(
-            "add-convolutional",
-            "ADD, F a convolutional classifier",
+            "add-encoder",
+            "ADD, F the teacher's encoder",
             ADD.steps,
-            ADD.rates[:3],
-            # With so short a training of F the whole takes about ADD's time.
-            settings=dict(features="convolutional", features_steps=150),
+            (*ADD.rates, 1e-3),
+            settings=dict(features="teacher"),
         ),
         # In the place of StyleGAN-T++: ADD's discriminator, and no diffusion model to start from.
         Method(
@@ -55,6 +61,7 @@ METHODS = {
             (1,),
             (1e-4, 3e-4, 1e-3),
             # It is scored in one step, so it is trained on pure noise alone, where c_img is zero.
+            # Its F is CELL's.
             settings=dict(
                 distil_lambda=0.0,
                 distil_init="random",

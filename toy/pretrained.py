@@ -23,7 +23,7 @@ class Pretrained(nn.Module):
         except Exception as error:  # whatever a missing network, cache or certificate raises
             raise ValueError(
                 f"--features {name}: torch.hub cannot load it ({brief(error)}); it needs internet "
-                "access once, or a filled torch.hub cache; offline, use --features teacher"
+                "access once, or a filled torch.hub cache; offline, use --features convolutional"
             ) from error
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])

@@ -14,7 +14,7 @@ from common.augment import AUGMENTATIONS
 from common.flags import check_choices, check_limits, check_rising, flag, option, show
 
 DATASETS = ("auto", "glyphs", "mnist", "fashion-mnist", "cifar10", "folder")
-FEATURES = ("teacher", "classifier", "denoiser", "dino", "untrained", "convolutional")
+FEATURES = ("convolutional", "classifier", "denoiser", "dino", "untrained", "teacher")
 FEATURES += ("dinov2", "efficientnet")  # pretrained
 # What is drawn, each with a seed of its own: --seed plus its place here.
 DRAWS = ("data", "metric", "features", "teacher", "distil")  # by the stages
@@ -107,9 +107,9 @@ class Settings:
     )
 
     features: str = option(
-        "teacher",
-        "the discriminator's F: teacher (its encoder); classifier, denoiser or dino (a ViT that is "
-        "trained here on the data); untrained (the same ViT); convolutional (a classifier, too); "
+        "convolutional",
+        "the discriminator's F: convolutional (a small classifier) or classifier, denoiser, dino "
+        "(a ViT), all trained here on the data; untrained (the same ViT); teacher (its encoder); "
         "dinov2 or efficientnet (torch.hub)",
         FEATURES,
     )
@@ -123,7 +123,7 @@ class Settings:
     features_depth: int = option(
         3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT
     )
-    features_steps: int = option(600, "training steps of F", limits=COUNT)
+    features_steps: int = option(150, "training steps of F; a ViT needs about 600", limits=COUNT)
 
     distil_init: str = option(
         "pretrained",
@@ -136,13 +136,13 @@ class Settings:
         "size, is what it starts from (Table 1e)",
         limits=COUNT,
     )
-    distil_steps: int = option(2400, "ADD iterations", limits=COUNT)
+    distil_steps: int = option(1200, "ADD iterations", limits=COUNT)
     distil_batch: int = option(32, "batch size of ADD", limits=COUNT)
     distil_student_lr: float = option(1e-4, "the student's learning rate", limits=RATE)
     distil_heads_lr: float = option(4e-3, "the discriminator heads' learning rate", limits=RATE)
     distil_beta1: float = option(0.0, "Adam's beta_1 for both (beta_2 is 0.99)", limits=(0, 0.999))
     distil_ema: float = option(
-        12_000, "half-life of the moving average of the student's weights, in images", limits=COUNT
+        6_000, "half-life of the moving average of the student's weights, in images", limits=COUNT
     )
     distil_timesteps: tuple[int, ...] = option(
         (249, 499, 749, 999), "T_student; at the last the student's input is pure noise"

@@ -171,7 +171,7 @@ def write_page(out, cells, base, arguments, command):
 
 def main(argv=None):
     """Exit codes as in toy/run.py."""
-    parser = make_parser("toy/time_to_quality.py", __doc__, "0,1,2", share=1)
+    parser = make_parser("toy/time_to_quality.py", __doc__, "0,1,2", changes={})
     parser.add_argument(
         "--every", type=int, default=EVERY, help=f"iterations between scores (default: {EVERY})"
     )

@@ -188,10 +188,10 @@ def test_a_mean_that_most_seeds_contradict_is_said_to_be_so():
     assert text.startswith("In one step regression has the shortest distance (22.40 ± ")
     assert text.endswith("Most seeds say the opposite, beyond noise.")
     # ADD with another F is compared with the best rival, not with ADD.
-    better = line("ADD, F a convolutional classifier", {1: 0.5, 2: 0.51, 3: 0.52})
+    better = line("ADD, F the teacher's encoder", {1: 0.5, 2: 0.51, 3: 0.52})
     text = compare_page.conclusion([better, add, rival], 1)
     assert text.startswith(
-        "In one step ADD, F a convolutional classifier has the shortest distance (0.51 ± 0.01; "
+        "In one step ADD, F the teacher's encoder has the shortest distance (0.51 ± 0.01; "
         "regression 1.00 ± 0.01). The difference is more than noise."
     )
     # A seed that one of them lacks does not count.
@@ -204,9 +204,9 @@ def test_a_mean_that_most_seeds_contradict_is_said_to_be_so():
 
 
 def test_rates_at_the_edge_of_their_grid_are_named():
-    assert compare_page.at_the_edges({"add": 3e-4, "dmd2": 3e-4, "reflow": None}) == []
+    assert compare_page.at_the_edges({"add": 1e-4, "dmd2": 3e-4, "reflow": None}) == []
     assert compare_page.at_the_edges(
-        {"add": 3e-4, "dmd2": 1e-4, "reflow": 3e-3, "ufogen": 1e-4}
+        {"add": 1e-4, "dmd2": 1e-4, "reflow": 3e-3, "ufogen": 1e-4}
     ) == [
         "The smallest rate tried was best for DMD2, UFOGen.",
         "The largest rate tried was best for 2-rectified flow.",
@@ -310,4 +310,4 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
 
 def test_an_unknown_method_is_refused(tmp_path, capsys):
     code, err = main_in_process(compare, [*FLAGS, "--only", "z", "--out", tmp_path], capsys)
-    assert code == 2 and "--only z: no such method; choose from add, add-conv" in err
+    assert code == 2 and "--only z: no such method; choose from add, add-enc" in err

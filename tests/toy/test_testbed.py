@@ -64,19 +64,19 @@ def test_a_quotient_is_paired_and_bold_if_one_lies_outside_its_interval():
     assert quotient({0: 3.0, 2: 9.0}, {0: 2.0, 1: 5.0}) == "1.50" and quotient({}, {0: 1}) == ""
 
 
-def test_rows_of_other_seeds_than_the_defaults_are_compared_on_the_common_ones():
+def test_rows_of_other_seeds_than_the_bases_are_compared_on_the_common_ones():
     def cells(distances):  # in one step, {seed: multiple of the teacher's}
         teacher = {"rows": [row(2.0)]}
         return {s: ({"rows": [row(2 * x)]}, teacher) for s, x in distances.items()}
 
     found = {name: {} for name in ablate.ROWS}
-    found["default"] = cells({0: 1.0, 1: 2.0, 2: 4.0, 3: 100.0})
+    found["base"] = cells({0: 1.0, 1: 2.0, 2: 4.0, 3: 100.0})
     found["c-none"] = cells({0: 2.0, 1: 4.0, 2: 8.0, 9: 1.0})
-    _, _, default, none = ablate.table(found)
-    assert default.startswith("| **default** | 0, 1, 2, 3 | 26.75 ± 48.85 |  |")
+    _, _, usual, none = ablate.table(found)
+    assert usual.startswith("| **the base** | 0, 1, 2, 3 | 26.75 ± 48.85 |  |")
     assert "| 0, 1, 2, 9 | 3.75 ± 3.10 | **2.00 (2.00 to 2.00)** |" in none
     _, _, claim = ablate.judge(ablate.PAPER, found, "")
-    assert "| `default` 2.33 ± 1.53, `c-none` 4.67 ± 3.06 | holds |" in claim
+    assert "| `base` 2.33 ± 1.53, `c-none` 4.67 ± 3.06 | holds |" in claim
 
 
 def test_sources_name_each_commit_and_machine_once():
@@ -94,38 +94,44 @@ def test_a_cell_counts_for_its_own_settings_and_data_alone(tmp_path):
     bed = SimpleNamespace(device=torch.device("cpu"), data=SimpleNamespace(fingerprint="mine"))
     origin = "mine", base.precision
     cells.write("teacher", base, bed, [row(4.0, 50)], 0)
-    cells.write("default", base, bed, [row(2.0), row(1.0, 4)], 60)
-    assert cells.read("default", base)["seconds"] == 60
-    assert cells.read("default", base, origin)
-    assert not cells.read("default", base, ("another", base.precision))
-    assert cells.read("default", dataclasses.replace(base, data_dir="elsewhere"))
+    cells.write("base", base, bed, [row(2.0), row(1.0, 4)], 60)
+    assert cells.read("base", base)["seconds"] == 60
+    assert cells.read("base", base, origin)
+    assert not cells.read("base", base, ("another", base.precision))
+    assert cells.read("base", dataclasses.replace(base, data_dir="elsewhere"))
+    # Of a trained F the number of steps matters, of the teacher's encoder it does not.
+    assert not cells.read("base", dataclasses.replace(base, features_steps=7))
+    encoder = dataclasses.replace(base, features="teacher")
+    cells.write("encoder", encoder, bed, [], 60)
+    assert cells.read("encoder", dataclasses.replace(encoder, features_steps=7))
+    assert not cells.read("encoder", dataclasses.replace(base, features_steps=7))
     # Multiples of the teacher's distance.
-    assert ablate.collect(ablate.read_all(cells, base), "default", 1, "fd") == {1: 0.5}
-    assert ablate.collect(ablate.read_all(cells, base), "default", 4, "fd") == {1: 0.25}
-    assert ablate.collect(ablate.read_all(cells, base), "default", 4, "accuracy") == {1: 0.75}
+    assert ablate.collect(ablate.read_all(cells, base), "base", 1, "fd") == {1: 0.5}
+    assert ablate.collect(ablate.read_all(cells, base), "base", 4, "fd") == {1: 0.25}
+    assert ablate.collect(ablate.read_all(cells, base), "base", 4, "accuracy") == {1: 0.75}
     elsewhere = dataclasses.replace(base, precision="fp32")  # a machine without bf16
-    assert cells.read("default", elsewhere)
-    assert not cells.read("default", elsewhere, ("mine", "fp32"))
+    assert cells.read("base", elsewhere)
+    assert not cells.read("base", elsewhere, ("mine", "fp32"))
     # A page leaves out what is of another machine than the teacher's cell of that seed.
     cells.write("teacher", elsewhere, bed, [row(4.0, 50)], 0)
-    assert ablate.collect(ablate.read_all(cells, base), "default", 1, "fd") == {}
+    assert ablate.collect(ablate.read_all(cells, base), "base", 1, "fd") == {}
     cells.write("teacher", base, bed, [row(4.0, 50)], 0)
     for change in (dict(distil_steps=9999), dict(teacher_steps=9)):
         other = dataclasses.replace(base, **change)
-        assert not cells.read("default", other)
+        assert not cells.read("base", other)
         with pytest.raises(ValueError, match="no cells of these settings; leave out --page"):
             ablate.read_all(cells, other)
-    stored = json.loads((tmp_path / "default-seed1.json").read_text())
+    stored = json.loads((tmp_path / "base-seed1.json").read_text())
     assert stored["commit"] and stored["machine"]
-    (tmp_path / "default-seed1.json").write_text("{}")
-    with pytest.raises(ValueError, match="default-seed1.json: no cell of this version; remove it"):
-        cells.read("default", base)
+    (tmp_path / "base-seed1.json").write_text("{}")
+    with pytest.raises(ValueError, match="base-seed1.json: no cell of this version; remove it"):
+        cells.read("base", base)
 
 
 def test_every_row_is_one_valid_change_and_every_claim_is_of_rows():
     names = [row.name for row in ablate.ROWS.values()]
     assert len(names) == 1 + sum(len(rows) for _, rows in ablate.GROUPS.values())
-    base, seen = Settings(), set()
+    base, seen = Settings(**testbed.CELL), set()
     for row in ablate.ROWS.values():
         settings = ablate.settings_of(row, base)
         assert settings not in seen  # and each is another one
@@ -143,17 +149,17 @@ def test_two_cells_and_what_is_there_is_not_done_again(tmp_path, capsys):
     assert code == 0, err
     assert out.count("seed 0\n") == 2 and out.endswith("ablation-glyphs.md\n")
     page = (tmp_path / "ablation-glyphs.md").read_text()
-    assert "| **default** | 0 |" in page
+    assert "| **the base** | 0 |" in page
     assert "| d) Losses: adversarial alone (λ = 0) (`adversarial`) | 0 |" in page
     assert " CPU, 1 thread, torch " in page and "heads instead of four" not in page
     assert "too few seeds" in page and (tmp_path / "ablation-glyphs.png").exists()
     cells = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("ablation-glyphs/*")}
-    assert cells.keys() == {"default-seed0", "adversarial-seed0", "teacher-seed0"}
+    assert cells.keys() == {"base-seed0", "adversarial-seed0", "teacher-seed0"}
     lambdas = [
         json.loads((tmp_path / "ablation-glyphs" / f"{name}-seed0.json").read_text())["settings"][
             "distil_lambda"
         ]
-        for name in ("default", "adversarial")
+        for name in ("base", "adversarial")
     ]
     assert lambdas == [Settings().distil_lambda, 0]
     # Trained heads and students are gone, teachers stay.

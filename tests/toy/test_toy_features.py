@@ -207,7 +207,7 @@ def test_without_the_internet_a_pretrained_f_says_what_to_do(monkeypatch, name, 
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(*load, fail)
-    says = rf"--features {name}.*no route to host.*--features teacher"
+    says = rf"--features {name}.*no route to host.*--features convolutional"
     with pytest.raises(ValueError, match=says) as error:
         network()
     assert "\n" not in str(error.value)

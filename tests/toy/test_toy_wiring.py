@@ -17,7 +17,7 @@ from toy.data import Batches
 from toy.features import TeacherEncoder
 from toy.methods import METHODS, settings_of
 from toy.networks import UNet
-from toy.settings import Settings
+from toy.settings import PRESETS, Settings
 
 CPU = torch.device("cpu")
 SMALL = dict(
@@ -268,7 +268,20 @@ def test_a_cells_average_is_as_much_shorter_as_its_training():
     whole = testbed.base_settings(parser.parse_args(["--budget", "2400"]), 0, CPU)
     third = testbed.base_settings(parser.parse_args([]), 0, CPU)
     assert whole.distil_steps == 3 * third.distil_steps == 2400
-    assert whole.distil_ema == 3 * third.distil_ema > 0
+    assert whole.distil_ema == 3 * third.distil_ema == 12_000
+
+
+def test_a_cell_has_its_programs_changes_unless_the_preset_names_the_setting():
+    parser = testbed.make_parser("x", "", "0")
+    assert parser.parse_args([]).changes == testbed.CELL
+    cell = testbed.base_settings(parser.parse_args([]), 0, CPU)
+    assert (cell.features, cell.distil_steps, cell.distil_ema) == ("teacher", 800, 4000)
+    colour = testbed.base_settings(parser.parse_args(["--preset", "cifar-cpu"]), 0, CPU)
+    usual = PRESETS["cifar-cpu"]
+    assert (colour.features, colour.distil_steps) == ("classifier", usual["distil_steps"])
+    parser = testbed.make_parser("x", "", "0", changes={})
+    plain = testbed.base_settings(parser.parse_args([]), 0, CPU)
+    assert (plain.features, plain.distil_steps) == (Settings.features, Settings.distil_steps)
 
 
 def test_the_method_for_stylegan_t_is_adversarial_alone_from_a_random_start_in_one_step():
@@ -276,11 +289,20 @@ def test_the_method_for_stylegan_t_is_adversarial_alone_from_a_random_start_in_o
     settings = settings_of(METHODS["adversarial"], 0.01, base)
     assert (settings.distil_lambda, settings.distil_init) == (0, "random")
     assert (settings.distil_timesteps, settings.distil_c_img) == ((999,), False)
-    for name in ("adversarial", "add"):
+    for name in ("adversarial", "add", "add-encoder"):
         settings = settings_of(METHODS[name], 0.01, base)
         assert settings.distil_student_lr == 0.01
         assert settings.distil_heads_lr == base.distil_heads_lr
     assert settings_of(METHODS["dmd2"], 0.01, base) == base
+
+
+def test_add_in_table_2_has_the_default_f_and_its_other_row_the_teachers_encoder():
+    base = Settings(**testbed.CELL)
+    add = settings_of(METHODS["add"], 0.01, base)
+    assert add == dataclasses.replace(base, features=Settings.features, distil_student_lr=0.01)
+    encoder = settings_of(METHODS["add-encoder"], 0.01, base)
+    assert encoder == dataclasses.replace(base, distil_student_lr=0.01)
+    assert encoder.features == "teacher"
 
 
 def test_a_rival_is_trained_under_the_teachers_guidance(tmp_path, monkeypatch):
