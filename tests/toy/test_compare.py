@@ -301,7 +301,7 @@ def test_one_rival_in_a_process_and_nothing_is_done_twice(tmp_path, capsys):
         and [r["steps"] for r in cell["rows"]] == [1]
     )
     kept = {path.name.split("-")[0] for path in (tmp_path / "work" / "glyphs-seed0").iterdir()}
-    assert kept == {"metric", "teacher"}
+    assert kept == {"metric", "teacher", "features"}
     code, _ = main_in_process(compare, [*FLAGS, *where, "--only", "regression"], capsys)
     assert code == 0
     now = {path.stem: path.stat().st_mtime_ns for path in tmp_path.glob("compare-glyphs/*")}
