@@ -113,12 +113,12 @@ def test_max_minutes_stops_a_run_after_saving(tmp_path, capsys, monkeypatch):
         add(self, row)
 
     monkeypatch.setattr(loop.Log, "add", hurry)
-    flags = ["--metric-steps", "1000000", "--out", str(tmp_path)]
+    flags = ["--features-steps", "1000000", "--out", str(tmp_path)]
     assert run.main([*TINY, *flags, "--max-minutes", "5"]) == 142
     assert 0 < left[0] <= 300
     assert "stopped by --max-minutes; the same command with --resume" in capsys.readouterr().err
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert not read(tmp_path / "metric" / "checkpoint.pt")["finished"]
+    assert not read(tmp_path / "features" / "checkpoint.pt")["finished"]
     assert run.main([*TINY, *flags, "--max-minutes", "-1"]) == 2
     assert "--max-minutes -1: must be" in capsys.readouterr().err
 
