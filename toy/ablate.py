@@ -124,7 +124,7 @@ GROUPS = {
         ],
     ),
 }
-# F is the teacher's encoder: see testbed.CELL.
+# Its F is the teacher's encoder: see testbed.CELL.
 BASE = Row("base", "the base")
 ROWS = {row.name: row for row in (BASE, *(r for _, rows in GROUPS.values() for r in rows))}
 
@@ -353,8 +353,9 @@ def write_page(out, cells, base, arguments, command):
         f"`{command}` · seeds {seeds} · {base.distil_steps} ADD iterations a cell · {machines} · "
         f"commit {commits}",
         "",
-        "Every row is one change from the base, which is a shorter run of toy/run.py with "
-        f"`--features {base.features}`. Mean ± standard deviation over the row's "
+        "Every row is one change from the base: toy/run.py with "
+        f"`--features {base.features} --distil-steps {base.distil_steps}`. An F that is trained "
+        f"has {base.features_steps} iterations. Mean ± standard deviation over the row's "
         f"seeds. Distances are multiples of the teacher's in {base.eval_steps[-1]} steps, which is "
         f"{fd} (precision {precision}, recall {recall}, accuracy {accuracy}). *Over the base's* "
         "divides the row's distance by the base's, seed by seed: the geometric mean and its "
@@ -387,7 +388,7 @@ def write_page(out, cells, base, arguments, command):
 def main(argv=None):
     """Exit codes as in toy/run.py."""
     only = f"groups ({', '.join(GROUPS)}) or rows; the base is always among them"
-    changes = CELL | {"features_steps": 600}  # enough for a ViT
+    changes = CELL | {"features_steps": 600}  # enough for a ViT; the kept cells'
     parser = make_parser("toy/ablate.py", __doc__, "0,1,2", only, changes)
     return run_program(parser, "ablation", argv, run_cells, write_page)
 

@@ -2,7 +2,8 @@
 fast samplers, on one teacher a seed: python toy/compare.py --dataset glyphs
 
 Each rival (toy/rivals/) has the student's network, data and batch size, and as many steps as fit
-into the time of ADD's iterations: the pace of both is measured side by side. Each method's learning
+into the time of ADD's iterations with the teacher's encoder as F: the pace of both is measured side
+by side. Each method's learning
 rate, ADD's too, is the best of three or four on seed 0, by the geometric mean of its distances. The
 table shows other seeds.
 

@@ -208,15 +208,16 @@ def write_page(out, cells, base, arguments, command):
         *(f"- {conclusion(lines, steps)}" for steps in contests),
         *(f"- {sentence}" for sentence in gaps(tried, found, seeds)),
         "",
-        "All methods have the same teacher, data, batch and size of network. ADD, with either F, "
-        f"and *adversarial only* train for {base.distil_steps} iterations; their minutes include "
-        "the training of F. A rival trains as long as these iterations take with the teacher's "
-        "encoder as F, at the pace of both measured side by side; drawing pairs from the teacher "
-        "counts. *Adversarial only* has that F, too. Each method's learning rate is the best of "
-        f"three or four on seed {TUNING_SEED}, by the geometric mean of its distances.",
+        "All methods have the same teacher, data, batch and size of network. ADD trains for "
+        f"{base.distil_steps} iterations, with either F, and so does *adversarial only*, with "
+        f"`--features {base.features}`. Their minutes include the training of F. A rival trains "
+        "as long as so many iterations of ADD take with that F, at the pace of both measured "
+        "side by side; drawing pairs from the teacher counts. Each method's learning rate is the "
+        f"best of three or four on seed {TUNING_SEED}, by the geometric mean of its distances.",
         "",
         *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),
-        "ADD's other settings come from earlier trials on seeds 0, 1 and 2 (toy/experiments.md). "
+        "ADD's other settings come from earlier trials on seeds 0, 1 and 2, but its F was chosen "
+        "on seeds 3, 4 and 5 (toy/experiments.md). "
         "The rivals' are their papers', with the departures named in toy/rivals/. ADD and DMD2 "
         "use the teacher without guidance; progressive and consistency distillation, 2-rectified "
         "flow and regression at its best guidance. UFOGen and *adversarial only* do not use it. "

@@ -54,14 +54,14 @@ METHODS = {
             (*ADD.rates, 1e-3),
             settings=dict(features="teacher"),
         ),
-        # In the place of StyleGAN-T++: ADD's discriminator, and no diffusion model to start from.
+        # In the place of StyleGAN-T++: a discriminator, and no diffusion model to start from.
         Method(
             "adversarial",
             "adversarial only, random start",
             (1,),
             (1e-4, 3e-4, 1e-3),
             # It is scored in one step, so it is trained on pure noise alone, where c_img is zero.
-            # Its F is CELL's.
+            # Its F is the base's.
             settings=dict(
                 distil_lambda=0.0,
                 distil_init="random",

@@ -234,7 +234,7 @@ class ConvNet(nn.Module):
         return self(images)[-1].mean(1)
 
 
-# Metric network: a small convolutional classifier, of another architecture than F on purpose ======
+# Metric network: a small convolutional classifier, with other layers than ConvNet on purpose ======
 
 
 class MetricNet(nn.Module):

@@ -130,8 +130,8 @@ def explanation(results, guidances):
     n, tests = f"{results['n']:,}", f"{results['test_images']:,}"
     return (
         "The Fréchet distance is taken in the 64 features of this run's metric network (a small "
-        f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, neither the "
-        "discriminator's network nor its architecture), "
+        f"CNN, {results['metric_accuracy']:.1%} accurate on the test images, trained apart "
+        "from the discriminator's F), "
         f"between {n} generated images and the {tests} test images. "
         "It is not FID and is comparable only within this report. "
         f"{n} real training images in the place of generated ones give the first row; "

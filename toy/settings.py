@@ -108,8 +108,8 @@ class Settings:
 
     features: str = option(
         "convolutional",
-        "the discriminator's F: convolutional (a small classifier) or classifier, denoiser, dino "
-        "(a ViT), all trained here on the data; untrained (the same ViT); teacher (its encoder); "
+        "the discriminator's F: convolutional (a small classifier), or classifier, denoiser or "
+        "dino (ViTs), each trained here on the data; untrained (a ViT); teacher (its encoder); "
         "dinov2 or efficientnet (torch.hub)",
         FEATURES,
     )
@@ -121,7 +121,7 @@ class Settings:
         limits=COUNT,
     )
     features_depth: int = option(
-        3, "blocks of F; the heads read the patch embedding and every block", limits=COUNT
+        3, "blocks of F, a ViT; the heads read the patch embedding and every block", limits=COUNT
     )
     features_steps: int = option(150, "training steps of F; a ViT needs about 600", limits=COUNT)
 

@@ -307,7 +307,10 @@ def make_parser(prog, description, seeds, only="", changes=CELL):
     parser.add_argument("--budget", type=int, default=0, help=help)
     parser.set_defaults(changes=changes)
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="cpu", help="all other settings (default: cpu)"
+        "--preset",
+        choices=tuple(PRESETS),
+        default="cpu",
+        help="settings besides those that the program changes (default: cpu)",
     )
     parser.add_argument(
         "--limit", type=int, default=0, help="use at most so many training and so many test images"
@@ -338,8 +341,8 @@ def run_program(parser, page, argv, run_cells, write_page):
     """Unless --page is given, call run_cells(arguments, cells, device) to make the missing cells;
     then call write_page(out, cells, base, arguments, command) and print the page's path.
 
-    The page is OUT/PAGE-DATASET.md, its cells are in a folder of that name, `base` is the default
-    run of the first seed. Returns the exit code, as in toy/run.py.
+    The page is OUT/PAGE-DATASET.md, its cells are in a folder of that name, `base` is
+    base_settings of the first seed. Returns the exit code, as in toy/run.py.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
@@ -363,7 +366,7 @@ def run_program(parser, page, argv, run_cells, write_page):
 
 
 def base_settings(arguments, seed, device):
-    """The default run with the program's own changes, at a cell's budget."""
+    """toy/run.py's settings with the program's changes, the preset and --budget."""
     usual = Settings(**arguments.changes | PRESETS[arguments.preset])
     budget = arguments.budget or usual.distil_steps
     settings = dataclasses.replace(

@@ -156,9 +156,9 @@ def write_page(out, cells, base, arguments, command):
         "",
         f"`{command}` · seeds {', '.join(map(str, curves))} · {machines} · commit {commits}",
         "",
-        f"How long ADD trains ({base.distil_steps} iterations in all, scored every "
-        f"{every}) until one step of the student is, and stays, closer to the test "
-        "images than the teacher at its best guidance.",
+        f"How long ADD trains (`--features {base.features}`, {base.distil_steps} iterations in "
+        f"all, scored every {every}) until one step of the student is, and stays, closer to the "
+        "test images than the teacher at its best guidance.",
         "",
         *table(teachers, curves),
         "",

@@ -16,7 +16,7 @@ from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser
 
 TINY = "--preset tiny --dataset glyphs --device cpu --threads 1 --precision fp32".split()
-STAGES = ("features", "metric", "teacher", "distil")  # without the first, F is the encoder
+STAGES = ("features", "metric", "teacher", "distil")  # the first if F is trained
 
 
 def start(script, *arguments):
