@@ -129,7 +129,7 @@ def draw(path, lines):
     for i, name in enumerate(dict.fromkeys(line.method for line in lines)):
         mine = [line for line in lines if line.method == name]
         x, y = ([mean(line.metrics[f]) for line in mine] for f in ("milliseconds", "fd"))
-        axes.plot(x, y, marker="osD^vPX*<>"[i % 10], color=f"C{i % 10}", linewidth=1, label=name)
+        axes.plot(x, y, marker="osD^vPX*<>h"[i % 11], color=f"C{i % 10}", linewidth=1, label=name)
         for line, *where in zip(mine, x, y, strict=True):
             offset = dict(xytext=(4, 4), textcoords="offset points", fontsize=7)
             axes.annotate(str(line.steps), where, **offset)
