@@ -217,7 +217,7 @@ def write_page(out, cells, base, arguments, command):
         "",
         *([" ".join(edges), ""] if (edges := at_the_edges(rates)) else []),
         "ADD's other settings come from earlier trials on seeds 0, 1 and 2, but its F was chosen "
-        "on seeds 3, 4 and 5 (toy/experiments.md). "
+        "on seeds 3, 4 and 5 of glyphs (toy/experiments.md). "
         "The rivals' are their papers', with the departures named in toy/rivals/. ADD and DMD2 "
         "use the teacher without guidance; progressive and consistency distillation, 2-rectified "
         "flow and regression at its best guidance. UFOGen and *adversarial only* do not use it. "

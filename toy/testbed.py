@@ -303,8 +303,8 @@ def make_parser(prog, description, seeds, only="", changes=CELL):
             "--only", type=lambda text: text.split(","), default=[], metavar="NAME,…", help=only
         )
     usual = Settings(**changes).distil_steps
-    help = f"ADD iterations of a cell (default: {usual}, or the preset's)"
-    parser.add_argument("--budget", type=int, default=0, help=help)
+    iterations = f"ADD iterations of a cell (default: {usual}, or the preset's)"
+    parser.add_argument("--budget", type=int, default=0, help=iterations)
     parser.set_defaults(changes=changes)
     parser.add_argument(
         "--preset",

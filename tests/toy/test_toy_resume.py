@@ -67,7 +67,7 @@ def test_stopped_in_every_stage_and_resumed_is_as_if_never_stopped(
 ):
     draw, out, whole = random.Random(seed), tmp_path / "run", finished[0]
     command, stages = [*TINY, *more], STEPS
-    if "teacher" in more:  # which is F, and trained as such
+    if "teacher" in more:  # its encoder is F, which has no training of its own
         stages = {k: v for k, v in STEPS.items() if k != "features"}
     if more:
         whole = tmp_path / "whole"
