@@ -9,6 +9,7 @@ In a page a table stands between a marker and `<!-- end -->`:
 `<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
 mean and, in parentheses, the least and the largest.
 `<!-- short: GROUP GROUP … -->` likewise, with fewer columns.
+`<!-- judges: GROUP -->` is the group's table of toy/judge.py, with means and ranges likewise.
 """
 
 import json
@@ -32,14 +33,16 @@ KEPT = (
     "cost.png",
     "curves.png",
 )
-PAGES = ("README.md", "results/README.md")
+JUDGES = "judges.json"  # kept where toy/judge.py has been run
+PAGES = ("README.md", "results/README.md", "toy/experiments.md")
 PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind the command
 
 
 def keep(run, name):
     """results/name with the files of a finished run, without where its data lay and where it was.
     OSError if one is missing."""
-    contents = {file: (run / file).read_bytes() for file in KEPT}
+    there = KEPT + ((JUDGES,) if (run / JUDGES).exists() else ())
+    contents = {file: (run / file).read_bytes() for file in there}
     for file in ("report.md", "config.json"):
         text = re.sub("--data-dir" + PATH, "--data-dir DIR", contents[file].decode())
         text = re.sub(" --out" + PATH, "", text)
@@ -93,27 +96,35 @@ def spread(values, digits=3):
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
+CLOSENESS = [*(f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)), "precision, 1 step"]
+CLOSENESS.append("recall, 1 step, ×")
+
+
+def pair(students, teacher):
+    """({steps: the student's row}, the teacher's row), from the student's rows."""
+    return {row["steps"]: row for row in students}, teacher
+
+
+def closeness(pairs):
+    """Cells for CLOSENESS, from [({steps: the student's row}, the teacher's row)] of some seeds."""
+    cells = [spread([s[k]["fd"] / t["fd"] for s, t in pairs], 2) for k in (1, 2, 4)]
+    mine = sum(s[1]["precision"] for s, _ in pairs) / len(pairs)
+    its = sum(t["precision"] for _, t in pairs) / len(pairs)
+    cells.append(f"{mine:.3f} (teacher {its:.3f})")
+    return [*cells, spread([s[1]["recall"] / t["recall"] for s, t in pairs], 2)]
+
+
 def short(groups, folder="results/"):
     """Lines of the table with a row for each group: the student's main numbers."""
-    steps = [f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)]
-    head = ["run", "seeds", *steps, "accuracy, 1 and 4 steps", "precision, 1 step"]
-    head.append("recall, 1 step, ×")
     rows = []
     for group in groups:
         names = seeds_of(group)
         every = [load(name, "results.json")["results"] for name in names]
-        teachers = [best_teacher(results) for results in every]
-        students = [{row["steps"]: row for row in results["student"]} for results in every]
-        pairs = list(zip(students, teachers, strict=True))
-        row = [f"[{group}]({folder}{names[0]}/report.md)", str(len(names))]
-        row += [spread([s[k]["fd"] / t["fd"] for s, t in pairs], 2) for k in (1, 2, 4)]
-        accuracy = [sum(s[k]["accuracy"] for s in students) / len(names) for k in (1, 4)]
-        row.append(", ".join(f"{100 * a:.1f} %" for a in accuracy))
-        mine = sum(s[1]["precision"] for s in students) / len(names)
-        its = sum(t["precision"] for t in teachers) / len(names)
-        row.append(f"{mine:.3f} (teacher {its:.3f})")
-        row.append(spread([s[1]["recall"] / t["recall"] for s, t in pairs], 2))
-        rows.append(row)
+        pairs = [pair(results["student"], best_teacher(results)) for results in every]
+        accuracy = [sum(s[k]["accuracy"] for s, _ in pairs) / len(names) for k in (1, 4)]
+        row = [f"[{group}]({folder}{names[0]}/report.md)", str(len(names)), *closeness(pairs)]
+        rows.append([*row, ", ".join(f"{100 * a:.1f} %" for a in accuracy)])
+    head = ["run", "seeds", *CLOSENESS, "accuracy, 1 and 4 steps"]
     return markdown.table(head, rows)
 
 
@@ -141,10 +152,24 @@ def summary(groups, folder="results/"):
     return markdown.table(head, rows)
 
 
+def judges(groups, folder="results/"):
+    """Lines of the table with a row for each judge of each group: the student's distance over the
+    teacher's, and one step's precision and recall."""
+    rows = []
+    for group in groups:
+        names = seeds_of(group)
+        every = [load(name, JUDGES)["judges"] for name in names]
+        link = f"[{group}]({folder}{names[0]}/{JUDGES})"
+        for judge in every[0]:
+            pairs = [pair(judged[judge]["student"], judged[judge]["teacher"]) for judged in every]
+            rows.append([link, judge, *closeness(pairs)])
+    return markdown.table(["run", "features", *CLOSENESS], rows)
+
+
 def fill(text, page="README.md"):
     """A page's text with its tables as results/ has them. ValueError if a marker has no end, or no
     run its name."""
-    folder = "" if page.startswith("results/") else "results/"
+    folder = {"README.md": "results/", "results/README.md": ""}.get(page, "../results/")
 
     def tables(match):
         kind, names, old = match[1], match[2].split(), match[3]
@@ -157,10 +182,10 @@ def fill(text, page="README.md"):
         if kind == "report":
             lines = [table(names[0], "Numbers")]
         else:
-            lines = {"summary": summary, "short": short}[kind](names, folder)
+            lines = {"summary": summary, "short": short, "judges": judges}[kind](names, folder)
         return "\n".join([marker, *lines, "<!-- end -->"])
 
-    marked = r"<!-- (report|summary|short): ([^>]*?) -->\n(.*?)<!-- end -->"
+    marked = r"<!-- (report|summary|short|judges): ([^>]*?) -->\n(.*?)<!-- end -->"
     return re.sub(marked, tables, text, flags=re.DOTALL)
 
 

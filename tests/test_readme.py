@@ -8,7 +8,19 @@ import sys
 
 import pytest
 
-from results.keep import KEPT, PAGES, RESULTS, fill, keep, main, seeds_of, short, summary, table
+from results.keep import (
+    KEPT,
+    PAGES,
+    RESULTS,
+    fill,
+    judges,
+    keep,
+    main,
+    seeds_of,
+    short,
+    summary,
+    table,
+)
 
 ROOT = RESULTS.parent
 REPORT = """# ADD on digits
@@ -51,7 +63,7 @@ def test_every_kept_run_is_in_the_summary():
     assert kept == {name for group in groups for name in seeds_of(group)}
 
 
-OTHER_PAGES = "toy/README.md toy/experiments.md full/README.md results/gpu.md CONTRIBUTING.md"
+OTHER_PAGES = "toy/README.md full/README.md results/gpu.md CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES.split()])
@@ -77,9 +89,8 @@ def flags_of(script):
 
 def test_flags_of_the_toy_exist():
     """Those of a command belong to its script; one that stands alone, to any of them."""
-    known = {
-        name: flags_of(f"toy/{name}.py") for name in ("run", "ablate", "compare", "time_to_quality")
-    }
+    names = ("run", "ablate", "compare", "time_to_quality", "judge")
+    known = {name: flags_of(f"toy/{name}.py") for name in names}
     used = {name: set() for name in known}
     anywhere = set().union(*known.values(), {"--plan"})  # of full/run.py
     for page in ("README.md", "toy/README.md", "toy/experiments.md"):
@@ -103,6 +114,8 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("<!-- report: x -->\nold\n<!-- end -->\nprose\n")
     (tmp_path / "results/README.md").write_text("<!-- report: x -->\n<!-- end -->\nmore\n")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/experiments.md").write_text("")
     return tmp_path
 
 
@@ -163,9 +176,29 @@ def test_a_groups_row_has_mean_and_range_and_a_missed_goal_in_bold(elsewhere):
     assert cells[7] == "**0.970 (0.970 to 0.970)**"
     assert cells[-1] == "2"
     assert summary(["x"], "")[2].startswith("| [x](x-seed0/report.md) | 2 |")
-    figures = "0.77 (0.70 to 0.85) | 0.60 (0.60 to 0.60) | 0.63 (0.63 to 0.63) | 99.0 %, 97.0 % |"
-    rest = "0.880 (teacher 0.900) | 1.00 (1.00 to 1.00) |"
+    figures = "0.77 (0.70 to 0.85) | 0.60 (0.60 to 0.60) | 0.63 (0.63 to 0.63) |"
+    rest = "0.880 (teacher 0.900) | 1.00 (1.00 to 1.00) | 99.0 %, 97.0 % |"
     assert short(["x"], "")[2] == f"| [x](x-seed0/report.md) | 2 | {figures} {rest}"
+
+
+def test_a_groups_judges_have_a_row_each(elsewhere):
+    def row(fd, steps, recall):
+        return dict(fd=fd, precision=0.9, recall=recall, steps=steps)
+
+    for seed, one in (("x-seed0", 2.0), ("x-seed1", 4.0)):
+        (elsewhere / "results" / seed).mkdir()
+        (elsewhere / "results" / seed / "report.md").write_text(REPORT)
+        students = [row(one, 1, 0.5), row(8.0, 2, 0.6), row(9.0, 4, 0.7)]
+        students[0]["precision"] = 0.88
+        scores = {"teacher": row(10.0, 50, 0.4), "student": students}
+        judged = {"judges": {"eye": scores, "ear": scores}}
+        (elsewhere / "results" / seed / "judges.json").write_text(json.dumps(judged))
+    head, _, eye, ear = judges(["x"], "")
+    assert head.startswith("| run | features | distance, 1 step, × | distance, 2 steps, × |")
+    figures = "0.30 (0.20 to 0.40) | 0.80 (0.80 to 0.80) | 0.90 (0.90 to 0.90) |"
+    rest = "0.880 (teacher 0.900) | 1.25 (1.25 to 1.25) |"
+    assert eye == f"| [x](x-seed0/judges.json) | eye | {figures} {rest}"
+    assert ear == eye.replace("eye", "ear")
 
 
 def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):

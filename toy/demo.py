@@ -6,8 +6,6 @@ where the page is.
 """
 
 import argparse
-import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,17 +13,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import CheckpointError, read_last
+from common.checkpoints import CheckpointError
 from common.errors import one_line
-from common.flags import add_page_flags, from_dict
-from toy.distil import load_student
+from common.flags import add_page_flags
+from toy.finished import load_results, load_student, load_teacher
 from toy.loop import TrainingError
 from toy.pictures import tile
 from toy.samplers import noise_for, sample_student, sample_teacher
-from toy.settings import Settings
-from toy.teacher import resized
 
-REFUSED = (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError)
 COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixel
 
 
@@ -42,31 +37,11 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def load_teacher(run, student):
-    """(the teacher of a finished run, its guidance). One of REFUSED if it is none."""
-    state = read_last(run / "teacher" / "checkpoint.pt")
-    if state is None:
-        raise TrainingError(f"--run {run}: its teacher is missing; python toy/run.py makes one")
-    teacher = copy.deepcopy(student.denoiser)
-    settings = from_dict(Settings, json.loads((run / "config.json").read_text())["settings"])
-    if settings.distil_widths:  # the student has another size
-        teacher = resized(student.denoiser, settings)
-        teacher.network.bf16 = student.denoiser.network.bf16
-    weights = {
-        name.removeprefix("module."): x
-        for name, x in state["ema"].items()
-        if name.startswith("module.")
-    }
-    teacher.network.load_state_dict(weights)
-    teacher.eval().requires_grad_(False)
-    return teacher, json.loads((run / "results.json").read_text())["results"]["best_guidance"]
-
-
 def make_draw(run):
     """(a function of class name, steps and seed that gives student's and teacher's images, each
     with its time; the names of the classes; how many steps there are)."""
     student, shape, classes = load_student(run)
-    teacher, guidance = load_teacher(run, student)
+    teacher, guidance = load_teacher(run, student), load_results(run)["best_guidance"]
 
     def timed(sampler, *arguments):
         began = time.perf_counter()
@@ -126,7 +101,7 @@ def main(argv=None):
     except ModuleNotFoundError:
         print("toy/demo.py: needs gradio; python -m pip install gradio", file=sys.stderr)
         return 2
-    except REFUSED as error:
+    except (ValueError, OSError, RuntimeError, TrainingError, CheckpointError) as error:
         print(f"toy/demo.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

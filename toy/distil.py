@@ -9,26 +9,20 @@ from torch.nn import functional
 
 from add import ADD, ADDConfig, Batch, Discriminator, DiscriminatorHeads, LocalBatchNorm, Student
 from common.augment import Augmented
-from common.checkpoints import read, write
-from common.errors import one_line
-from common.flags import from_dict
+from common.checkpoints import write
 from common.health import heads_log, student_log, watch
 from toy.data import Batches
 from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import (
     GeneratorState,
-    TrainingError,
     backward,
     make_adam,
     make_ema,
     run_loop,
     update,
 )
-from toy.networks import has_bf16
-from toy.public import make_public
-from toy.settings import Settings
-from toy.teacher import Standardize, make_denoiser, resized
+from toy.teacher import resized
 
 
 def make_student(teacher, settings, second=None):
@@ -190,31 +184,3 @@ def distil(stage, teacher, features, second=None):
     }
     write(stage.folder / "student.pt", state)
     return student.eval().requires_grad_(False), seconds
-
-
-def load_student(folder):
-    """(Student on the CPU, image shape (C, H, W), class names) of a finished run. TrainingError if
-    it is none."""
-    path = folder / "distil" / "student.pt"
-    if not path.exists():
-        raise TrainingError(
-            f"--run {folder}: no finished run there ({path} is missing); "
-            "python toy/run.py makes one"
-        )
-    state = read(path)
-    try:
-        settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
-        if settings.conditional:
-            standardize = Standardize(state["mean"], state["std"])
-            size = settings.of_students_size
-            denoiser = make_denoiser(state["shape"][0], len(classes), size, standardize)
-        else:
-            denoiser = make_public(state["public"], len(classes), settings.precision == "bf16")
-        denoiser.network.load_state_dict(state["network"])
-        denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
-    except (ImportError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"{path} is not a student of this version ({one_line(error)[:200]}); train it again"
-        ) from error
-    student = Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False)
-    return student, tuple(state["shape"]), classes

@@ -94,18 +94,25 @@ def margin(metric, x):
     return STUDENT_T[GROUPS - 1] * (GROUPS - 1) / math.sqrt(GROUPS) * statistics.stdev(without)
 
 
-def measure(network, images, labels, real_features, device):
-    """All metrics of generated images with the class they were asked for. Precision and recall use
-    as many real images as there are generated ones, if there are so many: both depend on the
-    number. fd_margin, recall_margin: see margin."""
-    features, predicted = embed(network, images, device)
+def closeness(features, real_features):
+    """{"fd", "precision", "recall"} of generated features (N, D). Precision and recall use as many
+    real ones as there are generated ones, if there are so many: both depend on the number."""
     real = real_features[: len(features)]
     return {
         "fd": frechet_distance(features, real_features),
-        "fd_margin": margin(lambda x: frechet_distance(x, real_features), features),
-        "accuracy": (predicted == labels).float().mean().item(),
         "precision": coverage_of(features, real),
         "recall": coverage_of(real, features),
+    }
+
+
+def measure(network, images, labels, real_features, device):
+    """All metrics of generated images with the class they were asked for: closeness and the rest.
+    fd_margin, recall_margin: see margin."""
+    features, predicted = embed(network, images, device)
+    real = real_features[: len(features)]
+    return closeness(features, real_features) | {
+        "fd_margin": margin(lambda x: frechet_distance(x, real_features), features),
+        "accuracy": (predicted == labels).float().mean().item(),
         "recall_margin": margin(lambda x: coverage_of(real, x), features),
         "variance_pixels": within_class_variance(images, labels),
         "variance_features": within_class_variance(features, labels),

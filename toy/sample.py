@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoints import CheckpointError
 from common.errors import one_line
 from toy import loop
-from toy.distil import load_student
+from toy.finished import load_student
 from toy.samplers import noise_for, sample_student
 
 

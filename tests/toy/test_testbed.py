@@ -13,8 +13,9 @@ import torch
 from toy_runs import TINY, call, main_in_process, stage_at
 
 from toy import ablate, testbed, time_to_quality
-from toy.demo import load_teacher, make_draw
-from toy.distil import Distillation, load_student
+from toy.demo import make_draw
+from toy.distil import Distillation
+from toy.finished import load_student, load_teacher
 from toy.loop import NotFinite
 from toy.settings import Settings
 from toy.testbed import Cells, difference, mean_and_spread, quotient, sources, verdict
@@ -206,7 +207,7 @@ def test_a_student_of_another_size_trains_from_its_own_teacher_and_is_loaded(tmp
     draw, classes, _ = make_draw(tmp_path / "run")
     drawn, _, of_teacher, _ = draw(classes[7], 1, 0)
     assert drawn.shape == of_teacher.shape and (drawn != of_teacher).any()
-    teacher, _ = load_teacher(tmp_path / "run", student)
+    teacher = load_teacher(tmp_path / "run", student)
     trained = torch.load(teachers[1], weights_only=True)["ema"]
     for name, weight in teacher.network.state_dict().items():
         assert torch.equal(weight, trained[f"module.{name}"])

@@ -11,7 +11,7 @@ from toy_runs import STAGES, TINY, call, main_in_process, start, weights
 from trust import same
 
 from common.checkpoints import read
-from toy import loop, run, sample
+from toy import judge, loop, run, sample
 
 
 def test_a_run_leaves_report_pictures_logs_and_checkpoints(finished):
@@ -213,6 +213,7 @@ def test_sample_without_a_run(tmp_path, capsys):
     [
         (run, ("--resume", "--distil-lambda", "--teacher-widths")),
         (sample, ("--run", "--steps", "--class")),
+        (judge, ("--run", "--iterations")),
     ],
 )
 def test_help_is_complete(module, flags, capsys):

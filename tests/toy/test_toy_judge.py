@@ -1,0 +1,116 @@
+"""toy/judge.py: a finished run in the features of other networks."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+from toy_runs import main_in_process
+
+from toy import judge
+from toy.data import to_float
+from toy.finished import load_settings, load_student, load_teacher
+from toy.loop import TrainingError
+from toy.metrics import frechet_distance
+from toy.run import load_data
+from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
+from toy.settings import Settings
+
+FLAGS = "--iterations 4 --device cpu --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def judged(finished, tmp_path_factory):
+    """A copy of a finished run that has been judged."""
+    run = tmp_path_factory.mktemp("judged") / "run"
+    shutil.copytree(finished[0], run)
+    assert judge.main(["--run", str(run), *FLAGS]) == 0
+    return run
+
+
+def test_the_pixels_judge_has_the_distances_of_coarse_pixels(judged):
+    settings = load_settings(judged)
+    data, results = load_data(settings), json.loads((judged / "results.json").read_text())
+    guidance, n = results["results"]["best_guidance"], settings.eval_images
+    student, shape, _ = load_student(judged)
+    teacher = load_teacher(judged, student)
+    noise = noise_for(n, shape, settings.seed_of("noise"), torch.device("cpu"))
+    labels = balanced_labels(n, 10, torch.device("cpu"))
+    images = {
+        "teacher": sample_teacher(teacher, noise, labels, settings.eval_steps[-1], guidance),
+        1: sample_student(student, noise, labels, 1, settings.seed_of("steps")),
+        4: sample_student(student, noise, labels, 4, settings.seed_of("steps")),
+        "real": to_float(data.train_images[:n]),
+    }
+    test = functional.avg_pool2d(to_float(data.test_images), 4).flatten(1)
+    scores = json.loads((judged / "judges.json").read_text())["judges"]["pixels, averaged over 4×4"]
+    found = {"teacher": scores["teacher"], "real": scores["real"]}
+    found |= {row["steps"]: row for row in scores["student"]}
+    assert list(found) == ["teacher", "real", 1, 2, 4]
+    for name, drawn in images.items():
+        expected = frechet_distance(functional.avg_pool2d(drawn, 4).flatten(1), test)
+        assert found[name]["fd"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_metric_networks_row_is_the_runs_own(judged):
+    results = json.loads((judged / "results.json").read_text())["results"]
+    scores = json.loads((judged / "judges.json").read_text())["judges"][judge.METRIC_NETWORK]
+    assert scores["student"] == results["student"] and scores["real"] == results["real"]
+    assert scores["teacher"]["steps"] == 4 and scores["teacher"] in results["teacher"]
+    assert scores["teacher"]["guidance"] == results["best_guidance"]
+
+
+def test_the_vits_are_three_of_their_own_and_are_used_again(judged, capsys):
+    kinds = ("classifier", "dino", "denoiser")
+    paths = [judged / "judges" / kind / "checkpoint.pt" for kind in kinds]
+    embeds = [
+        next(w for w in torch.load(p, weights_only=True)["networks"].values() if w.ndim > 1)
+        for p in paths
+    ]
+    assert not torch.equal(embeds[0], embeds[1]) and not torch.equal(embeds[0], embeds[2])
+    before = [path.stat().st_mtime_ns for path in paths]
+    scores = (judged / "judges.json").read_text()
+    assert judge.main(["--run", str(judged), *FLAGS]) == 0
+    assert [path.stat().st_mtime_ns for path in paths] == before
+    assert json.loads((judged / "judges.json").read_text()) == json.loads(scores)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 6 and lines[2].startswith("| the run's metric network | ")
+
+
+def test_a_judge_is_not_the_f_of_the_run(monkeypatch, tmp_path):
+    """A run whose own F is a classifying ViT gets another one as judge."""
+    seeds = []
+    monkeypatch.setattr(
+        judge,
+        "make_features",
+        lambda stage: seeds.append(stage.settings.seed) or (SimpleNamespace(summary=None), 0.0),
+    )
+    monkeypatch.setattr(judge, "TeacherEncoder", lambda *_: SimpleNamespace(summary=None))
+    data, settings = SimpleNamespace(fingerprint="data"), Settings(features="classifier", seed=3)
+    judge.make_judges(tmp_path, 5, data, settings, None, torch.device("cpu"))
+    assert seeds == [1003] * 3
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--iterations", "0"], "--iterations 0: must be at least 1"),
+        (["--run", "nowhere"], "--run nowhere: no finished run there (nowhere/config.json"),
+    ],
+)
+def test_a_mistake_gives_one_line(judged, arguments, named, capsys):
+    code, err = main_in_process(judge, ["--run", judged, *arguments], capsys)
+    assert code == 2 and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [("{", "is not the settings of this version"), ('{"settings": {"teacher": "x"}}', "public")],
+)
+def test_a_teacher_that_cannot_be_read_or_is_public_gives_one_line(tmp_path, text, named):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TrainingError, match=named) as caught:
+        load_teacher(tmp_path, SimpleNamespace(denoiser=None))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,89 @@
+"""Reads what a finished toy/run.py has left in its folder. Every function raises TrainingError or
+CheckpointError, whose message is one line, where that is missing or cannot be read."""
+
+import copy
+import json
+from contextlib import contextmanager
+
+import torch
+
+from add import Student
+from common.checkpoints import read, read_last
+from common.errors import one_line
+from common.flags import from_dict
+from toy.loop import TrainingError
+from toy.networks import has_bf16
+from toy.public import make_public
+from toy.settings import Settings
+from toy.teacher import Standardize, make_denoiser, resized
+
+MALFORMED = (ImportError, LookupError, TypeError, AttributeError, RuntimeError, ValueError)
+
+
+@contextmanager
+def _reading(folder, path, what):
+    """Turns the errors of a file of the run that is missing, or not `what`, into a
+    TrainingError."""
+    if not path.exists():
+        raise TrainingError(
+            f"--run {folder}: no finished run there ({path} is missing); "
+            "python toy/run.py makes one"
+        )
+    try:
+        yield
+    except MALFORMED as error:
+        raise TrainingError(
+            f"{path} is not {what} of this version ({one_line(error)[:200]}); run it again"
+        ) from error
+
+
+def load_settings(folder):
+    """The run's Settings."""
+    path = folder / "config.json"
+    with _reading(folder, path, "the settings"):
+        return from_dict(Settings, json.loads(path.read_text())["settings"])
+
+
+def load_results(folder):
+    """What evaluate.py measured."""
+    path = folder / "results.json"
+    with _reading(folder, path, "the results"):
+        return json.loads(path.read_text())["results"]
+
+
+def load_student(folder):
+    """(Student on the CPU, image shape (C, H, W), class names)."""
+    path = folder / "distil" / "student.pt"
+    with _reading(folder, path, "a student"):
+        state = read(path)
+        settings, classes = from_dict(Settings, state["settings"]), tuple(state["classes"])
+        if settings.conditional:
+            standardize = Standardize(state["mean"], state["std"])
+            size = settings.of_students_size
+            denoiser = make_denoiser(state["shape"][0], len(classes), size, standardize)
+        else:
+            denoiser = make_public(state["public"], len(classes), settings.precision == "bf16")
+        denoiser.network.load_state_dict(state["network"])
+        denoiser.network.bf16 &= has_bf16(torch.device("cpu"))  # emulated, it would be slow
+        student = Student(denoiser, settings.distil_timesteps).eval().requires_grad_(False)
+        return student, tuple(state["shape"]), classes
+
+
+def load_teacher(folder, student):
+    """The frozen teacher on the CPU; `student` is the run's."""
+    path = folder / "teacher" / "checkpoint.pt"
+    teacher, settings = copy.deepcopy(student.denoiser), load_settings(folder)
+    if not settings.conditional:
+        raise TrainingError(f"--run {folder}: works with a teacher trained here, not a public one")
+    if settings.distil_widths:  # the student has another size
+        teacher = resized(student.denoiser, settings)
+        teacher.network.bf16 = student.denoiser.network.bf16
+    with _reading(folder, path, "a teacher"):
+        state = read_last(path)
+        weights = {
+            name.removeprefix("module."): x
+            for name, x in state["ema"].items()
+            if name.startswith("module.")
+        }
+        teacher.network.load_state_dict(weights)
+    return teacher.eval().requires_grad_(False)
