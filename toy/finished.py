@@ -70,11 +70,9 @@ def load_student(folder):
 
 
 def load_teacher(folder, student):
-    """The frozen teacher on the CPU; `student` is the run's."""
+    """The frozen teacher, trained here or public, on the CPU; `student` is the run's."""
     path = folder / "teacher" / "checkpoint.pt"
     teacher, settings = copy.deepcopy(student.denoiser), load_settings(folder)
-    if not settings.conditional:
-        raise TrainingError(f"--run {folder}: works with a teacher trained here, not a public one")
     if settings.distil_widths:  # the student has another size
         teacher = resized(student.denoiser, settings)
         teacher.network.bf16 = student.denoiser.network.bf16

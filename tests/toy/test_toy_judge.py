@@ -106,11 +106,16 @@ def test_a_mistake_gives_one_line(judged, arguments, named, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, named",
-    [("{", "is not the settings of this version"), ('{"settings": {"teacher": "x"}}', "public")],
+    "files, named",
+    [
+        ({"config.json": "{"}, "config.json is not the settings of this version"),
+        ({"config.json": '{"settings": {}}'}, "checkpoint.pt is missing"),
+        ({"config.json": '{"settings": {"seed": "x"}}'}, "is not the settings"),
+    ],
 )
-def test_a_teacher_that_cannot_be_read_or_is_public_gives_one_line(tmp_path, text, named):
-    (tmp_path / "config.json").write_text(text)
+def test_a_teacher_that_is_not_there_gives_one_line(tmp_path, files, named):
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
     with pytest.raises(TrainingError, match=named) as caught:
         load_teacher(tmp_path, SimpleNamespace(denoiser=None))
     assert "\n" not in str(caught.value)
