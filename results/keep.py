@@ -1,4 +1,4 @@
-"""Keeps finished runs of the toy, and their tables in README.md and results/README.md.
+"""Keep finished runs of the toy, and their tables in README.md and results/README.md.
 
 python results/keep.py RUN NAME   copies the report of the run folder RUN, with its pictures and
                                   numbers, to results/NAME
@@ -9,7 +9,7 @@ In a page a table stands between a marker and `<!-- end -->`:
 `<!-- summary: GROUP GROUP … -->` has a row for each group, the runs results/GROUP-seed*: their
 mean and, in parentheses, the least and the largest.
 `<!-- short: GROUP GROUP … -->` likewise, with fewer columns.
-`<!-- judges: GROUP -->` is the group's table of toy/judge.py, with means and ranges likewise.
+`<!-- judges: GROUP GROUP … -->` has a row for each judge of toy/judge.py and each group.
 """
 
 import json
@@ -39,15 +39,19 @@ PATH = r"[ =]('[^']*'|[^\s`]+)"  # as a shell would take it, up to the ` behind 
 
 
 def keep(run, name):
-    """results/name with the files of a finished run, without where its data lay and where it was.
-    OSError if one is missing."""
-    there = KEPT + ((JUDGES,) if (run / JUDGES).exists() else ())
-    contents = {file: (run / file).read_bytes() for file in there}
+    """Copy the files of a finished run to results/name, without where its data lay and where it
+    was. OSError if one is missing, ValueError if its judges scored an earlier training."""
+    contents = {file: (run / file).read_bytes() for file in KEPT}
+    if (run / JUDGES).exists():
+        contents[JUDGES] = (run / JUDGES).read_bytes()
+        if json.loads(contents[JUDGES])["key"] != json.loads(contents["results.json"])["key"]:
+            raise ValueError(f"{run / JUDGES} is of an earlier training; run toy/judge.py again")
     for file in ("report.md", "config.json"):
         text = re.sub("--data-dir" + PATH, "--data-dir DIR", contents[file].decode())
         text = re.sub(" --out" + PATH, "", text)
         contents[file] = re.sub(r'("data_dir": )"[^"]*"', r'\1"DIR"', text).encode()
     (RESULTS / name).mkdir(exist_ok=True)
+    (RESULTS / name / JUDGES).unlink(missing_ok=True)
     for file, content in contents.items():
         (RESULTS / name / file).write_bytes(content)
 
@@ -96,16 +100,21 @@ def spread(values, digits=3):
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
-CLOSENESS = [*(f"distance, {k} step{'s' * (k > 1)}, ×" for k in (1, 2, 4)), "precision, 1 step"]
-CLOSENESS.append("recall, 1 step, ×")
+CLOSENESS = (
+    "distance, 1 step, ×",
+    "distance, 2 steps, ×",
+    "distance, 4 steps, ×",
+    "precision, 1 step",
+    "recall, 1 step, ×",
+)
 
 
-def pair(students, teacher):
-    """({steps: the student's row}, the teacher's row), from the student's rows."""
-    return {row["steps"]: row for row in students}, teacher
+def by_steps(rows):
+    """{steps: row}"""
+    return {row["steps"]: row for row in rows}
 
 
-def closeness(pairs):
+def closeness_cells(pairs):
     """Cells for CLOSENESS, from [({steps: the student's row}, the teacher's row)] of some seeds."""
     cells = [spread([s[k]["fd"] / t["fd"] for s, t in pairs], 2) for k in (1, 2, 4)]
     mine = sum(s[1]["precision"] for s, _ in pairs) / len(pairs)
@@ -120,9 +129,9 @@ def short(groups, folder="results/"):
     for group in groups:
         names = seeds_of(group)
         every = [load(name, "results.json")["results"] for name in names]
-        pairs = [pair(results["student"], best_teacher(results)) for results in every]
+        pairs = [(by_steps(results["student"]), best_teacher(results)) for results in every]
         accuracy = [sum(s[k]["accuracy"] for s, _ in pairs) / len(names) for k in (1, 4)]
-        row = [f"[{group}]({folder}{names[0]}/report.md)", str(len(names)), *closeness(pairs)]
+        row = [f"[{group}]({folder}{names[0]}/report.md)", str(len(names)), *closeness_cells(pairs)]
         rows.append([*row, ", ".join(f"{100 * a:.1f} %" for a in accuracy)])
     head = ["run", "seeds", *CLOSENESS, "accuracy, 1 and 4 steps"]
     return markdown.table(head, rows)
@@ -161,8 +170,9 @@ def judges(groups, folder="results/"):
         every = [load(name, JUDGES)["judges"] for name in names]
         link = f"[{group}]({folder}{names[0]}/{JUDGES})"
         for judge in every[0]:
-            pairs = [pair(judged[judge]["student"], judged[judge]["teacher"]) for judged in every]
-            rows.append([link, judge, *closeness(pairs)])
+            scores = [judged[judge] for judged in every]
+            pairs = [(by_steps(of["student"]), of["teacher"]) for of in scores]
+            rows.append([link, judge, *closeness_cells(pairs)])
     return markdown.table(["run", "features", *CLOSENESS], rows)
 
 
@@ -201,8 +211,9 @@ def main(argv):
         filled = {page: fill((root / page).read_text(), page) for page in PAGES}
         for page, text in filled.items():
             (root / page).write_text(text)
-    except (OSError, ValueError) as error:
-        print(f"results/keep.py: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"no {error} in a kept run" if isinstance(error, KeyError) else error
+        print(f"results/keep.py: {what}", file=sys.stderr)
         return 2
     return 0
 

@@ -41,7 +41,7 @@ def make_draw(run):
     """(a function of class name, steps and seed that gives student's and teacher's images, each
     with its time; the names of the classes; how many steps there are)."""
     student, shape, classes = load_student(run)
-    teacher, guidance = load_teacher(run, student), load_results(run)["best_guidance"]
+    teacher, guidance = load_teacher(run, student), load_results(run)[0]["best_guidance"]
 
     def timed(sampler, *arguments):
         began = time.perf_counter()

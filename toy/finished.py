@@ -1,5 +1,5 @@
-"""Reads what a finished toy/run.py has left in its folder. Every function raises TrainingError or
-CheckpointError, whose message is one line, where that is missing or cannot be read."""
+"""Read what a finished toy/run.py has left in its folder. Every function raises TrainingError or
+CheckpointError, whose message is one line, if that is missing or cannot be read."""
 
 import copy
 import json
@@ -17,13 +17,12 @@ from toy.public import make_public
 from toy.settings import Settings
 from toy.teacher import Standardize, make_denoiser, resized
 
-MALFORMED = (ImportError, LookupError, TypeError, AttributeError, RuntimeError, ValueError)
+MALFORMED = (LookupError, TypeError, AttributeError, RuntimeError, ValueError)
 
 
 @contextmanager
 def _reading(folder, path, what):
-    """Turns the errors of a file of the run that is missing, or not `what`, into a
-    TrainingError."""
+    """Raise TrainingError if a file of the run is missing, or is not `what`."""
     if not path.exists():
         raise TrainingError(
             f"--run {folder}: no finished run there ({path} is missing); "
@@ -31,6 +30,9 @@ def _reading(folder, path, what):
         )
     try:
         yield
+    except ImportError as error:
+        missing = f"needs {error.name}; python -m pip install -r full/requirements.txt"
+        raise TrainingError(f"--run {folder}: {missing}") from error
     except MALFORMED as error:
         raise TrainingError(
             f"{path} is not {what} of this version ({one_line(error)[:200]}); run it again"
@@ -45,10 +47,11 @@ def load_settings(folder):
 
 
 def load_results(folder):
-    """What evaluate.py measured."""
+    """(what evaluate.py measured, the key of the stage `eval` that it belongs to)."""
     path = folder / "results.json"
     with _reading(folder, path, "the results"):
-        return json.loads(path.read_text())["results"]
+        stored = json.loads(path.read_text())
+        return stored["results"], stored["key"]
 
 
 def load_student(folder):

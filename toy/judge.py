@@ -1,10 +1,10 @@
-"""Scores a finished run once more, in the features of other networks:
+"""Score a finished run again, in the features of other networks:
 python toy/judge.py --run runs/auto-cpu
 
-A student may be close to the test images only in what one network sees of them. The judges here
-are of other kinds than the run's metric network: three ViTs, trained on the run's training images
-to name the class, by DINO and to denoise; the teacher's encoder; and coarse pixels. The ViTs are
-kept in RUN/judges and used again. Writes RUN/judges.json and prints its table.
+A student may be close to the test images in one network's features only. The judges here are of
+other kinds than the run's metric network: three ViTs, trained on the run's training images as a
+classifier, by DINO and as a denoiser; the teacher's encoder; and coarse pixels. The ViTs are kept
+in RUN/judges for the next time. Writes RUN/judges.json and prints a table.
 """
 
 import os
@@ -27,12 +27,13 @@ from common.origin import commit, machine
 from toy.data import to_float
 from toy.features import TeacherEncoder, make_features
 from toy.finished import load_results, load_settings, load_student, load_teacher
-from toy.loop import Stage
+from toy.loop import Stage, TrainingError
 from toy.metrics import closeness
+from toy.networks import has_bf16
 from toy.report import best_teacher
 from toy.run import exit_code, load_data, pick_device, set_threads
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
-from toy.settings import stage_key
+from toy.settings import COUNT, stage_key
 
 VITS = {
     "classifier": "a classifying ViT",
@@ -40,8 +41,9 @@ VITS = {
     "denoiser": "a denoising ViT",
 }
 METRIC_NETWORK = "the run's metric network"
-COARSE = 4  # pixels, squared, of which the last judge sees the mean
-FRESH = 1000  # added to the run's seed: a judge must not be the F that the student was trained with
+ENCODER = "the teacher's encoder"
+COARSE = 4  # side, in pixels, of the squares that the last judge averages
+FRESH = 1000  # added to the run's seed, so that no ViT is the F that the student was trained with
 
 
 def parse_arguments(argv):
@@ -70,14 +72,15 @@ def embed(judge, images, device):
 
 def make_judges(run, iterations, data, settings, teacher, device):
     """{name: a function from images (B, C, H, W) to embeddings (B, D)}."""
-    judges = {}
+    judges, seed = {}, (settings.seed + FRESH) % 2**31
     for kind, name in VITS.items():
-        changes = dict(features=kind, features_steps=iterations, seed=settings.seed + FRESH)
+        changes = dict(features=kind, features_steps=iterations, seed=seed)
         own = dataclasses.replace(settings, **changes)
         key = stage_key(own, "features", data.fingerprint)
         network, _ = make_features(Stage(run / "judges" / kind, data, own, device, key))
         judges[name] = network.summary
-    judges["the teacher's encoder"] = TeacherEncoder(teacher, 0).summary
+    itself = " (this run's F)" if settings.features == "teacher" else ""
+    judges[ENCODER + itself] = TeacherEncoder(teacher, 0).summary
 
     def coarse(images):
         return functional.avg_pool2d(images, COARSE).flatten(1)
@@ -116,24 +119,42 @@ def table(judged):
         row += [f"{it['fd'] / teacher['fd']:.2f}" for it in (*students, scores["real"])]
         row += [f"{teacher[k]:.2f}, {students[0][k]:.2f}" for k in ("precision", "recall")]
         rows.append(row)
-    steps = [f"student, {row['steps']} step{'s' * (row['steps'] > 1)}, ×" for row in students]
+    counts = [row["steps"] for row in judged[METRIC_NETWORK]["student"]]
+    steps = [f"student, {k} step{'s' * (k > 1)}, ×" for k in counts]
     head = ["features", "teacher's distance", *steps, "training images, ×"]
     head += ["precision: teacher, 1 step", "recall: teacher, 1 step"]
     return markdown.table(head, rows)
 
 
-def judge(arguments):
-    """The whole job."""
-    if arguments.iterations < 1:
-        raise ValueError(f"--iterations {arguments.iterations}: must be at least 1")
+def load(run, device):
+    """(settings, data, student, teacher, results, their key) of a finished run, on the device.
+    TrainingError if they do not belong together."""
+    settings, (results, key), (student, *_) = (
+        load_settings(run),
+        load_results(run),
+        load_student(run),
+    )
+    teacher, data = load_teacher(run, student), load_data(settings)
+    if key != stage_key(settings, "eval", data.fingerprint):
+        raise TrainingError(
+            f"--run {run}: its results are of other settings or other data than its config.json; "
+            f"python toy/run.py --resume --out {run} brings them up to date"
+        )
+    for network in (student.denoiser.network, teacher.network):  # as they were scored
+        network.bf16 = settings.precision == "bf16" and has_bf16(device)
+    return settings, data, student.to(device), teacher.to(device), results, key
+
+
+def score_run(arguments):
+    """Score the run with every judge; write and print the table."""
+    most = COUNT[1]
+    if not 1 <= arguments.iterations <= most:
+        raise ValueError(f"--iterations {arguments.iterations}: must be from 1 to {most}")
     run, device = arguments.run, pick_device(arguments.device)
     set_threads(arguments.threads)
-    settings, results = load_settings(run), load_results(run)
-    student, *_ = load_student(run)
-    teacher = load_teacher(run, student).to(device)
-    data = load_data(settings)
+    settings, data, student, teacher, results, key = load(run, device)
     judges = make_judges(run, arguments.iterations, data, settings, teacher, device)
-    by_teacher, by_student = draw(student.to(device), teacher, data, settings, results)
+    by_teacher, by_student = draw(student, teacher, data, settings, results)
     real = to_float(data.train_images[: results["n"]])
     test = to_float(data.test_images)
 
@@ -148,7 +169,8 @@ def judge(arguments):
 
     judged = {METRIC_NETWORK: by_the_metric_network(results)}
     judged |= {name: scores(judge) for name, judge in judges.items()}
-    origin = {"commit": commit(), "machine": machine(device), "iterations": arguments.iterations}
+    origin = {"key": key, "commit": commit(), "machine": machine(device)}
+    origin["iterations"] = arguments.iterations
     write_text(run / "judges.json", json.dumps(origin | {"judges": judged}, indent=1) + "\n")
     print("\n".join(["", *table(judged), "", str(run / "judges.json")]))
 
@@ -156,7 +178,7 @@ def judge(arguments):
 def main(argv=None):
     """Exit codes as in toy/run.py."""
     arguments = parse_arguments(argv)
-    return exit_code("toy/judge.py", lambda: judge(arguments), arguments.debug)
+    return exit_code("toy/judge.py", lambda: score_run(arguments), arguments.debug)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from toy_runs import main_in_process
 
 from toy import judge
 from toy.data import to_float
-from toy.finished import load_settings, load_student, load_teacher
+from toy.finished import load_results, load_settings, load_student, load_teacher
 from toy.loop import TrainingError
 from toy.metrics import frechet_distance
 from toy.run import load_data
@@ -31,15 +31,17 @@ def judged(finished, tmp_path_factory):
 
 
 def test_the_pixels_judge_has_the_distances_of_coarse_pixels(judged):
-    settings = load_settings(judged)
-    data, results = load_data(settings), json.loads((judged / "results.json").read_text())
-    guidance, n = results["results"]["best_guidance"], settings.eval_images
+    settings, (results, key) = load_settings(judged), load_results(judged)
+    data, n = load_data(settings), settings.eval_images
+    assert json.loads((judged / "judges.json").read_text())["key"] == key
     student, shape, _ = load_student(judged)
     teacher = load_teacher(judged, student)
     noise = noise_for(n, shape, settings.seed_of("noise"), torch.device("cpu"))
     labels = balanced_labels(n, 10, torch.device("cpu"))
     images = {
-        "teacher": sample_teacher(teacher, noise, labels, settings.eval_steps[-1], guidance),
+        "teacher": sample_teacher(
+            teacher, noise, labels, settings.eval_steps[-1], results["best_guidance"]
+        ),
         1: sample_student(student, noise, labels, 1, settings.seed_of("steps")),
         4: sample_student(student, noise, labels, 4, settings.seed_of("steps")),
         "real": to_float(data.train_images[:n]),
@@ -91,18 +93,32 @@ def test_a_judge_is_not_the_f_of_the_run(monkeypatch, tmp_path):
     data, settings = SimpleNamespace(fingerprint="data"), Settings(features="classifier", seed=3)
     judge.make_judges(tmp_path, 5, data, settings, None, torch.device("cpu"))
     assert seeds == [1003] * 3
+    settings = Settings(features="teacher", seed=2**31 - 1)
+    names = judge.make_judges(tmp_path, 5, data, settings, None, torch.device("cpu"))
+    assert seeds[3:] == [999] * 3 and "the teacher's encoder (this run's F)" in names
 
 
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--iterations", "0"], "--iterations 0: must be at least 1"),
+        (["--iterations", "0"], "--iterations 0: must be from 1 to 10000000"),
         (["--run", "nowhere"], "--run nowhere: no finished run there (nowhere/config.json"),
     ],
 )
 def test_a_mistake_gives_one_line(judged, arguments, named, capsys):
     code, err = main_in_process(judge, ["--run", judged, *arguments], capsys)
     assert code == 2 and named in err and err.count("\n") == 1
+
+
+def test_a_run_whose_settings_have_changed_since_is_not_judged(judged, tmp_path, capsys):
+    """As after Ctrl-C in a run with other settings: what is there does not belong together."""
+    run = tmp_path / "run"
+    shutil.copytree(judged, run)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["distil_lambda"] = 3.0
+    (run / "config.json").write_text(json.dumps(config))
+    code, err = main_in_process(judge, ["--run", run, *FLAGS], capsys)
+    assert code == 2 and "its results are of other settings" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
