@@ -161,16 +161,18 @@ def test_the_table_is_bold_where_a_method_is_best_and_says_when_a_rival_wins(tmp
         "The difference is more than noise."
     )
     page = compare_page.table(lines, compare_page.contested(lines))
-    bold = [text for text in page if "**" in text]
-    assert len(bold) == 2 and bold[0].startswith("| **ADD** | **1** | **1.000 ± 0.000** |")
-    assert bold[1].startswith("| **teacher, DDIM** | **4** |")
+    bold = [text for text in page if text.startswith("| **")]
+    assert len(bold) == 2 and bold[0].startswith("| **ADD** | 1 | 1.000 ± 0.000 | 0.55 ± 0.07 |  |")
+    over = "0.46 (0.14 to 1.45)"  # 0.5 and 0.417: of two seeds the margin is wide
+    assert bold[1].startswith(f"| **teacher, DDIM** | 4 | 4.000 ± 0.000 | 0.25 ± 0.00 | {over} |")
     assert compare_page.conclusion(lines, 4) == (
         "In four steps teacher, DDIM has the shortest distance (0.25 ± 0.00; ADD 0.55 ± 0.07). "
         "The difference is within noise."
     )
-    assert "| regression | 1 | 1.000 ± 0.000 | 4.10 ± 0.14 | 0.50 ± 0.00 |" in page[5]
+    over = "**7.48 (3.20 to 17.48)**"  # 8 and 7
+    assert f"| regression | 1 | 1.000 ± 0.000 | 4.10 ± 0.14 | {over} | 0.50 ± 0.00 |" in page[5]
     assert page[5].endswith("| 1.00 ± 0.00 | 0.0003 | 2 |")
-    assert "| teacher, DDIM | 50 | 50.000 ± 0.000 |" in page[6]
+    assert "| teacher, DDIM | 50 | 50.000 ± 0.000 | 1.00 ± 0.00 |  |" in page[6]
     lines = pages(tmp_path / "b", (2.0, 9.0), (1.8, 1.6))
     assert compare_page.conclusion(lines, 1) == (
         "In one step regression has the shortest distance (0.85 ± 0.07; ADD 2.75 ± 2.47). "
@@ -252,7 +254,7 @@ def test_the_page_hides_the_tuning_seed_and_names_what_is_missing(tmp_path):
     # A cell of another machine than its seed's teacher does not count.
     other = dataclasses.replace(base, seed=1, precision="fp32")
     cells.write("teacher", other, BED, [row(2.0, 50, "DDIM"), row(30.0, 1, "DDIM")], 0)
-    assert "| ADD | 2 | 2.000 | 1.65 | 0.50 |" in page()
+    assert "| ADD | 2 | 2.000 | 1.65 |  | 0.50 |" in page()
 
 
 @pytest.mark.parametrize("error", [NotFinite, FloatingPointError])  # in training; in the trial
