@@ -173,18 +173,14 @@ class Backbone:
             added["text_embeds"] = torch.zeros_like(added["text_embeds"])
         return cond
 
-    def with_sizes(self, cond, sizes):
-        """SDXL's size and crop conditions added: sizes (B, 6), original height and width, top,
-        left, target."""
+    def with_sizes(self, cond, size):
+        """SDXL's size and crop conditions added, those of uncropped square images of that size: the
+        pipeline samples with them, so the student is trained with them, as DMD2's is."""
         if self.is_xl:
-            dtype = cond["encoder_hidden_states"].dtype
-            cond["added_cond_kwargs"]["time_ids"] = sizes.to(self.device, dtype)
+            n, dtype = len(cond["encoder_hidden_states"]), cond["encoder_hidden_states"].dtype
+            sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=dtype, device=self.device)
+            cond["added_cond_kwargs"]["time_ids"] = sizes.expand(n, -1)
         return cond
-
-    def uncropped(self, cond, size):
-        """with_sizes() for uncropped square images of that size."""
-        n = len(cond["encoder_hidden_states"])
-        return self.with_sizes(cond, torch.tensor([[size, size, 0, 0, size, size]]).expand(n, -1))
 
     # Parts for add.py -----------------------------------------------------------------------------
 

@@ -102,7 +102,6 @@ class Bench(Labelled):
         """{name: value} of iterations with that batch, after two to warm up."""
         cuda, size = self.device.type == "cuda", self.settings.resolution
         raw = {"image": torch.rand(batch, 3, size, size) * 2 - 1, "caption": ["a picture"] * batch}
-        raw["sizes"] = torch.tensor([[size, size, 0, 0, size, size]]).expand(batch, -1)
 
         def iterate():
             timing.synchronize(self.device)

@@ -261,8 +261,8 @@ def open_source(settings):
 
 
 def prepare(data, draw, settings):
-    """An image file's bytes → ((3, R, R) in [-1, 1], SDXL's six size and crop conditions).
-    ValueError or OSError if it is broken or too small."""
+    """An image file's bytes → (3, R, R) in [-1, 1]. ValueError or OSError if it is broken or too
+    small."""
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     if min(width, height) < settings.min_size:
@@ -274,15 +274,11 @@ def prepare(data, draw, settings):
         (max(size, round(width * scale)), max(size, round(height * scale))),
         Image.Resampling.LANCZOS,
     )
-    # Before the crop, whose edges SDXL is told; so does diffusers' training script.
     if settings.flip and draw.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     room = image.width - size, image.height - size
     left, top = (draw.randint(0, n) if settings.random_crop else n // 2 for n in room)
-    image = image.crop((left, top, left + size, top + size))
-    return pil_to_tensor(image).float() / 127.5 - 1, torch.tensor(
-        [height, width, top, left, size, size]
-    )
+    return pil_to_tensor(image.crop((left, top, left + size, top + size))).float() / 127.5 - 1
 
 
 def name_of(sample):
@@ -324,7 +320,7 @@ class Stream(IterableDataset):
                     self.position += 1
                     try:
                         data, caption = sample()
-                        image, sizes = prepare(data, random.Random(seed), self.settings)
+                        image = prepare(data, random.Random(seed), self.settings)
                     except TooSmall as error:  # asked for: not a bad file
                         reason = str(error)
                         continue
@@ -341,8 +337,9 @@ class Stream(IterableDataset):
                                 flush=True,
                             )
                         continue
-                    yield {"image": image, "sizes": sizes, "caption": caption, "skipped": skipped}
+                    yield {"image": image, "caption": caption, "skipped": skipped}
                     skipped, good = 0, True
+                window.clear()  # its files need not be in memory while the next is read
                 self.start, self.position = after, 0
             if not good:
                 raise DataError(
@@ -353,11 +350,9 @@ class Stream(IterableDataset):
 
 
 def collate(samples):
-    """Stacked images and sizes, a list of captions, and how many samples were skipped on the way to
-    these."""
+    """Stacked images, a list of captions, and how many samples were skipped on the way to these."""
     return {
         "image": torch.stack([s["image"] for s in samples]),
-        "sizes": torch.stack([s["sizes"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "skipped": sum(s["skipped"] for s in samples),
     }

@@ -11,7 +11,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 
 from common.origin import commit
 from full.backbones import PREDICTIONS
-from full.settings import LICENCES, as_table, torch_dtype
+from full.settings import DTYPES, LICENCES, as_table, torch_dtype
 
 
 def make_scheduler(scheduler_config, settings):
@@ -76,16 +76,28 @@ def licence_of(backbone):
 def model_card(backbone, settings):
     """README.md of the pipeline folder: what it is, how to sample, from which data and settings,
     under what licence."""
-    n, licence = len(settings.timesteps), licence_of(backbone)
+    n, size, licence = len(settings.timesteps), settings.resolution, licence_of(backbone)
+    # Without a dtype diffusers would load float32 beside the text encoders' own.
+    dtype = f"dtype=torch.{DTYPES[settings.save_dtype]}"
     call = "num_inference_steps=1, guidance_scale=0.0"
     if not is_evenly_spaced(settings.timesteps):
         call = f"timesteps=[{settings.timesteps[-1]}], guidance_scale=0.0"
     lora = ""
     if settings.lora_rank:
-        lora = (
-            "\nOr add the adapter alone, `pytorch_lora_weights.safetensors`, to the base model: "
-            '`pipe.load_lora_weights("DIR")`, with the scheduler of this folder.\n'
-        )
+        lora = f"""
+Or add the adapter alone, `pytorch_lora_weights.safetensors`, to the base model:
+
+```python
+import torch
+from diffusers import AutoPipelineForText2Image, LCMScheduler
+
+pipe = AutoPipelineForText2Image.from_pretrained("{backbone.path}", {dtype}).to("cuda")
+pipe.load_lora_weights("DIR")
+pipe.scheduler = LCMScheduler.from_pretrained("DIR", subfolder="scheduler")
+call = dict({call}, height={size}, width={size})
+image = pipe("a lighthouse in a storm", **call).images[0]
+```
+"""
     return f"""---
 license: {licence}
 base_model: {backbone.path}
@@ -97,11 +109,13 @@ tags: [adversarial-diffusion-distillation]
 
 A student of Adversarial Diffusion Distillation
 ([Sauer et al. 2023](https://arxiv.org/abs/2311.17042)) that samples in 1 to {n} steps, without
-guidance, at {settings.resolution}×{settings.resolution}.
+guidance, at {size}×{size}. DIR is this folder, or the name of its repository.
 
 ```python
+import torch
 from diffusers import AutoPipelineForText2Image
-pipe = AutoPipelineForText2Image.from_pretrained("DIR")
+
+pipe = AutoPipelineForText2Image.from_pretrained("DIR", {dtype}).to("cuda")
 image = pipe("a lighthouse in a storm", {call}).images[0]
 ```
 {lora}

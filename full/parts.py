@@ -169,9 +169,9 @@ class Parts:
         return ADD(student, teacher, discriminator, self._make_config(shared))
 
     def _null(self, n):
-        """∅ for n samples, for the teacher, with the sizes of an uncropped image."""
+        """∅ for n samples, for the teacher."""
         backbone = self.teacher_backbone
-        return backbone.uncropped(backbone.null(n), self.settings.resolution)
+        return backbone.with_sizes(backbone.null(n), self.settings.resolution)
 
     def _make_features(self, dtype, teacher):
         settings = self.settings

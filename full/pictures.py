@@ -44,7 +44,7 @@ def validation(student, backbone, settings):
     images = {k: [] for k in counts}
     for i in range(0, len(prompts), n):  # a batch that can be trained can be sampled
         some = prompts[i : i + n]
-        cond = backbone.uncropped(backbone.text(some), size)
+        cond = backbone.with_sizes(backbone.text(some), size)
         for k in counts:
             generator = torch.Generator(device).manual_seed(settings.seed + i)
             noise = torch.randn((len(some), *shape), device=device, generator=generator)

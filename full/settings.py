@@ -120,7 +120,9 @@ class Settings:
         0, "skip images whose shorter side has fewer pixels", limits=(0, 100_000)
     )
     shuffle_window: int = option(
-        1000, "samples of a shard that are shuffled together", limits=COUNT
+        1000,
+        "samples of a shard that are shuffled together; each worker holds so many files in memory",
+        limits=COUNT,
     )
     workers: int = option(4, "processes that read data, for each GPU", limits=(0, 256))
 

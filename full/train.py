@@ -28,15 +28,15 @@ class Trainer(Parts):
 
     def make_batch(self, raw):
         """add.Batch of what the loader gives: every network's own conditions."""
-        images, captions, sizes = raw["image"].to(self.device), raw["caption"], raw["sizes"]
-        n, teacher = len(images), self.teacher_backbone
-        batch = Batch(images, self.backbone.with_sizes(self.backbone.text(captions), sizes))
+        images, captions = raw["image"].to(self.device), raw["caption"]
+        n, teacher, size = len(images), self.teacher_backbone, self.settings.resolution
+        batch = Batch(images, self.backbone.with_sizes(self.backbone.text(captions), size))
         if teacher is not self.backbone:
-            batch.teacher_cond = teacher.with_sizes(teacher.text(captions), sizes)
+            batch.teacher_cond = teacher.with_sizes(teacher.text(captions), size)
         if self.settings.teacher_guidance != 1 or self.settings.weight == "nfsd":
-            batch.null_cond = teacher.with_sizes(teacher.null(n), sizes)
+            batch.null_cond = self._null(n)
         if self.settings.weight == "nfsd":
-            batch.negative_cond = teacher.with_sizes(teacher.repeated(NFSD_NEGATIVE, n), sizes)
+            batch.negative_cond = teacher.with_sizes(teacher.repeated(NFSD_NEGATIVE, n), size)
         batch.c_text = self.text_features(captions) if self.text_features else None
         batch.c_img = self.image_features.summary(images) if self.image_features else None
         return batch

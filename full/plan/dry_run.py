@@ -218,7 +218,6 @@ class DryRun(Labelled):
         ]
         with self.meter, fused_attention():
             raw = {"image": torch.empty(batch, 3, size, size, device=META), "caption": [""] * batch}
-            raw["sizes"] = torch.empty(batch, 6)
             inputs = self.make_batch(raw)
             _, half = self.iteration([inputs])
         for hook in hooks:

@@ -108,7 +108,7 @@ def add_real(fid, samples, size, batch):
         for s in some:
             try:
                 images.append(
-                    ((prepare(s.file.read_bytes(), None, settings)[0] + 1) * 127.5)
+                    ((prepare(s.file.read_bytes(), None, settings) + 1) * 127.5)
                     .round()
                     .to(torch.uint8)
                 )

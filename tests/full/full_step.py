@@ -49,10 +49,8 @@ class Tape:
 def raw_batch(iteration, rows):
     generator = torch.Generator().manual_seed(iteration)
     images = torch.rand(TOTAL, 3, 64, 64, generator=generator) * 2 - 1
-    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * TOTAL)
     return {
         "image": images[rows],
-        "sizes": sizes[rows],
         "caption": [f"number {i}" for i in range(TOTAL)][rows],
         "skipped": 0,
     }

@@ -37,8 +37,7 @@ def teacher(backbone):
 
 
 def cond_of(backbone, n):
-    sizes = torch.tensor([[80, 72, 3, 4, 64, 64]]).expand(n, -1)
-    return backbone.with_sizes(backbone.text([f"number {i}" for i in range(n)]), sizes)
+    return backbone.with_sizes(backbone.text([f"number {i}" for i in range(n)]), 64)
 
 
 def draw(seed, n=7):  # as many as T has
@@ -135,8 +134,8 @@ def test_conditions_are_the_pipelines_own(backbone):
     null = backbone.null(2)["encoder_hidden_states"]
     if backbone.is_xl:  # its config says that an empty prompt is zeros
         assert torch.equal(cond["added_cond_kwargs"]["text_embeds"], pooled[0]) and not null.any()
-        time_ids = cond_of(backbone, 1)["added_cond_kwargs"]["time_ids"]
-        assert time_ids.tolist() == [[80, 72, 3, 4, 64, 64]]
+        time_ids = cond_of(backbone, 2)["added_cond_kwargs"]["time_ids"]
+        assert time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
     else:
         assert torch.equal(null[:1], backbone.text([""])["encoder_hidden_states"])
 

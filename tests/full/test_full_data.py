@@ -117,13 +117,13 @@ def test_a_hugging_face_data_set(tmp_path, monkeypatch):
         data.open_source(settings(f"hf:{folder}", hf_caption="captoin"))
 
 
-def test_images_are_cropped_in_the_centre_and_sized_as_sdxl_is_told(tmp_path):
+def test_images_are_cropped_in_the_centre(tmp_path):
     image = Image.new("RGB", (100, 50), (255, 0, 0))
     image.paste((0, 0, 255), (25, 0, 75, 50))  # the middle square is blue
     file = io.BytesIO()
     image.save(file, "PNG")
-    pixels, sizes = data.prepare(file.getvalue(), None, settings(tmp_path))
-    assert pixels.shape == (3, 32, 32) and sizes.tolist() == [50, 100, 0, 16, 32, 32]
+    pixels = data.prepare(file.getvalue(), None, settings(tmp_path))
+    assert pixels.shape == (3, 32, 32)
     assert torch.allclose(
         pixels[:, 4:-4, 4:-4].mean((1, 2)), torch.tensor([-1.0, -1.0, 1.0]), atol=0.02
     )
@@ -287,18 +287,18 @@ def test_a_skipped_sample_is_named_by_file_row_or_key(tmp_path, capsys, monkeypa
         assert f"a sample is skipped ({name}UnidentifiedImageError" in capsys.readouterr().err
 
 
-def test_a_mirrored_image_tells_where_it_is_cropped_in_its_mirror(tmp_path):
-    """Pixel columns are numbered by their red: the crop's first one is where the condition says,
-    mirrored or not."""
-    picture, file, mirrored = Image.new("RGB", (80, 32)), io.BytesIO(), set()
+def test_images_are_mirrored_and_cropped_anywhere_where_that_is_asked_for(tmp_path):
+    """Pixel columns are numbered by their red: the crop is 32 in a row, in either order."""
+    picture, file, mirrored, firsts = Image.new("RGB", (80, 32)), io.BytesIO(), set(), set()
     picture.putdata([(3 * x, 0, 0) for _ in range(32) for x in range(80)])
     picture.save(file, "PNG")
     for seed in range(8):
-        pixels, sizes = data.prepare(
+        pixels = data.prepare(
             file.getvalue(), random.Random(seed), settings(tmp_path, random_crop=True, flip=True)
         )
-        first, second = (((pixels[0, 0, i].item() + 1) * 127.5) / 3 for i in (0, 1))
-        mirrored.add(second < first)
-        left = sizes[3].item()
-        assert round(first) == (79 - left if second < first else left)
-    assert mirrored == {True, False}
+        columns = ((pixels[0, 0] + 1) * 127.5 / 3).round().int().tolist()
+        way = columns[1] - columns[0]
+        assert columns == list(range(columns[0], columns[0] + 32 * way, way)) and abs(way) == 1
+        mirrored.add(way < 0)
+        firsts.add(min(columns))
+    assert mirrored == {True, False} and len(firsts) > 4

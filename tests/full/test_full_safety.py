@@ -107,7 +107,7 @@ def test_any_picture_becomes_an_image_or_is_refused(tmp_path, make, usable):
     make(file)
     settings = Settings(resolution=64, random_crop=True)
     if usable:
-        image, sizes = data.prepare(file.read_bytes(), random.Random(0), settings)
+        image = data.prepare(file.read_bytes(), random.Random(0), settings)
         assert image.shape == (3, 64, 64) and -1 <= image.min() and image.max() <= 1
         if file.read_bytes()[:4] == b"\x89PNG" and make is PICTURES["16-bit"][0]:
             assert image.mean().item() == pytest.approx(40000 / 32768 - 1, abs=0.01)

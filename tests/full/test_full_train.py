@@ -3,6 +3,7 @@ LoRA, resume, and the saved pipeline against add.py's own sampler."""
 
 import dataclasses
 import json
+import re
 import shutil
 import tarfile
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoPipelineForText2Image
 from full_runs import log_of, losses_of, train, weights
+from torchvision.transforms.functional import pil_to_tensor
 
 from add import Student
 from common.flags import from_dict
@@ -38,7 +40,7 @@ def same_image_as_our_sampler(pipeline, out, steps, timesteps=None):
     latents = backbone.load_latents(settings)
     student = Student(make_student_denoiser(backbone, latents, settings), settings.timesteps)
     student.denoiser.decode = lambda z: z
-    cond = backbone.with_sizes(backbone.text(["colours"]), torch.tensor([[64, 64, 0, 0, 64, 64]]))
+    cond = backbone.with_sizes(backbone.text(["colours"]), 64)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(1, 4, 8, 8, generator=generator)
     ours = student.sample(noise, cond, steps, generator=generator)
@@ -217,7 +219,24 @@ def test_the_base_with_the_saved_adapter_draws_what_the_merged_pipeline_draws(
     changed = (images[0] - images[1]).abs().max()
     assert changed > 1e-2 * images[0].abs().max()
     assert (images[0] - images[2]).abs().max() < 1e-3 * changed
-    assert "load_lora_weights" in (pipeline / "README.md").read_text()
+
+
+@pytest.mark.parametrize("backbone, lora_rank", [("sd15", 0), ("v", 0), ("sdxl", 0), ("sdxl", 2)])
+def test_the_code_on_the_model_card_draws(checkpoints, tmp_path, backbone, lora_rank):
+    """In the default --save-dtype, as a user pastes it, but for the GPU."""
+    settings = dict(backbone=backbone, lora_rank=lora_rank, save_dtype=None, steps=1)
+    pipeline = train(checkpoints, tmp_path, **settings)
+    blocks = re.findall("```python\n(.*?)```", (pipeline / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1 + bool(lora_rank)
+    images = []
+    for block in blocks:
+        assert "torch.float16" in block and block.count('.to("cuda")') == 1
+        scope = {}
+        torch.manual_seed(0)
+        exec(block.replace("DIR", str(pipeline)).replace('.to("cuda")', ""), scope)
+        assert scope["image"].size == (64, 64)
+        images.append(pil_to_tensor(scope["image"]).float())
+    assert all((image - images[0]).abs().mean() < 2 for image in images)  # of 255
 
 
 @pytest.mark.usefixtures("another_precision")
