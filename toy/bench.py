@@ -30,7 +30,7 @@ from toy.features import TeacherEncoder
 from toy.graphs import recorded
 from toy.loop import Stage
 from toy.networks import has_bf16
-from toy.run import exit_code, pick_device, set_threads
+from toy.program import exit_code, pick_device, set_threads
 from toy.samplers import sample_student, sample_teacher
 from toy.settings import PRESETS, Settings
 from toy.teacher import Standardize, make_denoiser

@@ -30,8 +30,8 @@ from toy.finished import load_results, load_settings, load_student, load_teacher
 from toy.loop import Stage, TrainingError
 from toy.metrics import closeness
 from toy.networks import has_bf16
+from toy.program import exit_code, load_data, pick_device, set_threads
 from toy.report import best_teacher
-from toy.run import exit_code, load_data, pick_device, set_threads
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
 from toy.settings import COUNT, stage_key
 

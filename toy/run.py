@@ -24,21 +24,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import CheckpointError, read_last, write_text
+from common.checkpoints import read_last, write_text
 from common.device import be_deterministic, peak_memory
-from common.errors import one_line
 from common.fid import load_fid
 from common.flags import add_flags, from_dict
 from common.origin import device_name
-from common.stopping import Stopped, stop_on_signals
-from toy import data as datasets
 from toy import pictures, report
 from toy.distil import distil, make_student
 from toy.evaluate import evaluate
 from toy.features import make_features
-from toy.loop import Stage, TrainingError
+from toy.loop import Stage
 from toy.metrics import train_metric_net
-from toy.networks import has_bf16
+from toy.program import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import PRESETS, STAGES, Settings, stage_key
 from toy.teacher import make_teacher
 
@@ -74,27 +71,6 @@ def parse_arguments(argv):
     arguments = parser.parse_args(argv)
     own = {"preset", "device", "out", "resume", "threads", "max_minutes", "debug"}
     return arguments, {name: value for name, value in vars(arguments).items() if name not in own}
-
-
-def pick_device(name):
-    """CUDA, then MPS, then the CPU; or the one asked for. ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [device for device, is_there in (there | {"cpu": True}).items() if is_there]
-    absent = f"--device {name}: not available here"
-    if name and name.split(":")[0] not in available:
-        raise ValueError(f"{absent}; this machine has {', '.join(available)}")
-    try:
-        return torch.empty(0, device=name or available[0]).device
-    except RuntimeError as error:
-        raise ValueError(f"{absent} ({one_line(error)[:150]})") from error
-
-
-def set_threads(count):
-    """So many CPU threads; None leaves them. ValueError for a number that cannot be."""
-    if count is not None:
-        if not 1 <= count <= 1024:
-            raise ValueError(f"--threads {count}: must be from 1 to 1024")
-        torch.set_num_threads(count)
 
 
 def configure(arguments, given):
@@ -137,34 +113,6 @@ def read_results(path):
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def resolve(settings, kind, device):
-    """The settings with what "auto" comes to for this kind of data and device, and without what a
-    public teacher cannot do. A resumed run must not come to anything else."""
-    precision, flip = settings.precision, settings.flip
-    if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
-    if flip == "auto":
-        flip = "true" if kind == "cifar10" else "false"
-    changes = dict(dataset=kind, precision=precision, flip=flip)
-    if not settings.conditional:  # there are no classes to guide by, nor to judge by
-        changes |= dict(eval_guidances=(1.0,), distil_c_text=False)
-    return dataclasses.replace(settings, **changes)
-
-
-def load_data(settings):
-    """The data set of these settings. DataError if it cannot be had or has too few classes."""
-    data = datasets.load(
-        settings.dataset,
-        Path(settings.data_dir),
-        seed=settings.seed_of("data"),
-        size=settings.size,
-        limit=settings.limit or None,
-        max_bad_files=settings.max_bad_files,
-    )
-    datasets.check_splits(data)
-    return data
 
 
 def train(stage, settings):
@@ -243,23 +191,6 @@ def run(arguments, given):
     gib = peak_memory(torch.device("cpu"))
     report.write_report(folder, data, settings, preset, command, results, seconds, device, gib)
     return folder, results, preset
-
-
-def exit_code(program, work, debug=False, again="the same command continues"):
-    """Call work() and return the exit code: 0 done, 2 failed (one line says why); stopped, after
-    saving, 130 by Ctrl-C, 143 by SIGTERM, 142 by --max-minutes (a second signal: at once)."""
-    stop_on_signals()
-    try:
-        work()
-    except Stopped as stopped:
-        print(f"\nstopped by {stopped}; {again}", file=sys.stderr)
-        return stopped.code
-    except (ValueError, OSError, datasets.DataError, TrainingError, CheckpointError) as error:
-        if debug:
-            raise
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def main(argv=None):

@@ -24,7 +24,7 @@ from toy.evaluate import Scorer
 from toy.features import make_features
 from toy.loop import NotFinite, Stage
 from toy.metrics import STUDENT_T, train_metric_net
-from toy.run import exit_code, load_data, pick_device, resolve, set_threads
+from toy.program import exit_code, load_data, pick_device, resolve, set_threads
 from toy.settings import DATASETS, PRESETS, Settings, stage_key
 from toy.teacher import make_teacher
 
@@ -36,7 +36,7 @@ CELL = dict(features="teacher", distil_steps=800, distil_ema=4_000)
 
 
 class Testbed:
-    """One data set and seed; the settings have been through run.resolve. Each network lies in a
+    """One data set and seed; the settings have been through program.resolve. Each network lies in a
     folder named by the settings that it depends on, so cells with the same teacher share it."""
 
     def __init__(self, folder, settings, device):

@@ -14,7 +14,7 @@ from toy.data import to_float
 from toy.finished import load_results, load_settings, load_student, load_teacher
 from toy.loop import TrainingError
 from toy.metrics import frechet_distance
-from toy.run import load_data
+from toy.program import load_data
 from toy.samplers import balanced_labels, noise_for, sample_student, sample_teacher
 from toy.settings import Settings
 

@@ -15,7 +15,7 @@ from trust import kill_while_it_writes, on_a_small_disk, same
 
 from common.checkpoints import read, read_last, write
 from common.stopping import Stopped
-from toy import data, distil, features, loop, run, teacher
+from toy import data, distil, features, loop, program, run, teacher
 
 STEPS = dict(features=4, metric=4, teacher=6, distil=6)  # of the tiny preset
 
@@ -224,11 +224,11 @@ def test_an_unfinished_run_is_neither_gone_on_with_nor_thrown_away_unasked(
 def test_a_resumed_auto_run_keeps_its_data_and_its_precision(tmp_path, monkeypatch, capsys):
     """Glyphs stood in for MNIST, which could not be had; that it can be had now changes nothing."""
     monkeypatch.setattr(data, "_fetch", lambda name, root: "no network")
-    monkeypatch.setattr(run, "has_bf16", lambda device: True)
+    monkeypatch.setattr(program, "has_bf16", lambda device: True)
     flags = ["--preset", "tiny", "--device", "cpu", "--threads", "1", "--out", tmp_path]
     assert main_in_process(run, flags, capsys)[0] == 0
     monkeypatch.setattr(data, "_fetch", lambda name, root: None)
-    monkeypatch.setattr(run, "has_bf16", lambda device: False)
+    monkeypatch.setattr(program, "has_bf16", lambda device: False)
     assert main_in_process(run, [*flags, "--resume"], capsys)[0] == 0
     stored = json.loads((tmp_path / "config.json").read_text())["settings"]
     assert (stored["dataset"], stored["precision"]) == ("glyphs", "bf16")
