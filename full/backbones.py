@@ -174,8 +174,9 @@ class Backbone:
         return cond
 
     def with_sizes(self, cond, size):
-        """SDXL's size and crop conditions added, those of uncropped square images of that size: the
-        pipeline samples with them, so the student is trained with them, as DMD2's is."""
+        """Add to cond, in place, SDXL's size and crop conditions of uncropped square images of that
+        size; other backbones have none. The pipeline samples with these, so the student is trained
+        with them, as DMD2's is."""
         if self.is_xl:
             n, dtype = len(cond["encoder_hidden_states"]), cond["encoder_hidden_states"].dtype
             sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=dtype, device=self.device)

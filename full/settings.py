@@ -121,7 +121,7 @@ class Settings:
     )
     shuffle_window: int = option(
         1000,
-        "samples of a shard that are shuffled together; each worker holds so many files in memory",
+        "samples that are shuffled together; of shards, each worker holds so many in memory",
         limits=COUNT,
     )
     workers: int = option(4, "processes that read data, for each GPU", limits=(0, 256))

@@ -1,4 +1,4 @@
-"""Keep finished runs of the toy, and their tables in README.md and results/README.md.
+"""Keep finished runs of the toy, and their tables in README.md, results/ and toy/experiments.md.
 
 python results/keep.py RUN NAME   copies the report of the run folder RUN, with its pictures and
                                   numbers, to results/NAME
@@ -44,7 +44,8 @@ def keep(run, name):
     contents = {file: (run / file).read_bytes() for file in KEPT}
     if (run / JUDGES).exists():
         contents[JUDGES] = (run / JUDGES).read_bytes()
-        if json.loads(contents[JUDGES])["key"] != json.loads(contents["results.json"])["key"]:
+        scored, judged = (json.loads(contents[file]) for file in ("results.json", JUDGES))
+        if judged["key"] != scored["key"]:
             raise ValueError(f"{run / JUDGES} is of an earlier training; run toy/judge.py again")
     for file in ("report.md", "config.json"):
         text = re.sub("--data-dir" + PATH, "--data-dir DIR", contents[file].decode())
@@ -167,7 +168,10 @@ def judges(groups, folder="results/"):
     rows = []
     for group in groups:
         names = seeds_of(group)
-        every = [load(name, JUDGES)["judges"] for name in names]
+        stored = [load(name, JUDGES) for name in names]
+        if len({judged["iterations"] for judged in stored}) > 1:
+            raise ValueError(f"results/{group}-seed*/{JUDGES}: not all with the same --iterations")
+        every = [judged["judges"] for judged in stored]
         link = f"[{group}]({folder}{names[0]}/{JUDGES})"
         for judge in every[0]:
             scores = [judged[judge] for judged in every]
@@ -212,7 +216,7 @@ def main(argv):
         for page, text in filled.items():
             (root / page).write_text(text)
     except (OSError, ValueError, KeyError) as error:
-        what = f"no {error} in a kept run" if isinstance(error, KeyError) else error
+        what = f"a file of a run has no {error}" if isinstance(error, KeyError) else error
         print(f"results/keep.py: {what}", file=sys.stderr)
         return 2
     return 0

@@ -104,6 +104,7 @@ def test_flags_of_the_toy_exist():
                 if f"python toy/{name}.py" in span:
                     used[name] |= words
     assert {"--dataset", "--preset"} <= used["run"] and "--dataset" in used["ablate"]
+    assert "--run" in used["judge"]
     assert all(used[name] <= known[name] for name in known)
 
 
@@ -191,7 +192,7 @@ def test_a_groups_judges_have_a_row_each(elsewhere):
         students = [row(one, 1, 0.5), row(8.0, 2, 0.6), row(9.0, 4, 0.7)]
         students[0]["precision"] = 0.88
         scores = {"teacher": row(10.0, 50, 0.4), "student": students}
-        judged = {"judges": {"eye": scores, "ear": scores}}
+        judged = {"judges": {"eye": scores, "ear": scores}, "iterations": 600}
         (elsewhere / "results" / seed / "judges.json").write_text(json.dumps(judged))
     head, _, eye, ear = judges(["x"], "")
     assert head.startswith("| run | features | distance, 1 step, × | distance, 2 steps, × |")
@@ -199,6 +200,32 @@ def test_a_groups_judges_have_a_row_each(elsewhere):
     rest = "0.880 (teacher 0.900) | 1.25 (1.25 to 1.25) |"
     assert eye == f"| [x](x-seed0/judges.json) | eye | {figures} {rest}"
     assert ear == eye.replace("eye", "ear")
+
+
+def test_judges_are_kept_with_the_training_that_they_scored(elsewhere, capsys):
+    run, kept = elsewhere / "run", elsewhere / "results/x/judges.json"
+    run.mkdir()
+    for file in KEPT:
+        (run / file).write_bytes(REPORT.encode())
+    (run / "results.json").write_text('{"key": "a"}')
+    (run / "judges.json").write_text('{"key": "a", "iterations": 600}')
+    assert main([str(run), "x"]) == 0
+    assert kept.read_text() == '{"key": "a", "iterations": 600}'
+    (run / "results.json").write_text('{"key": "b"}')  # trained again
+    assert main([str(run), "x"]) == 2
+    assert f"{run / 'judges.json'} is of an earlier training" in capsys.readouterr().err
+    (run / "judges.json").unlink()
+    assert kept.exists() and main([str(run), "x"]) == 0 and not kept.exists()
+    (run / "judges.json").write_text("{}")
+    assert main([str(run), "x"]) == 2
+    assert "a file of a run has no 'key'" in capsys.readouterr().err
+    for seed, iterations in (("y-seed0", 600), ("y-seed1", 4)):
+        (elsewhere / "results" / seed).mkdir()
+        (elsewhere / "results" / seed / "report.md").write_text(REPORT)
+        judged = {"iterations": iterations, "judges": {}}
+        (elsewhere / "results" / seed / "judges.json").write_text(json.dumps(judged))
+    with pytest.raises(ValueError, match="not all with the same --iterations"):
+        judges(["y"])
 
 
 def test_what_cannot_be_kept_or_filled_ends_in_one_line(elsewhere, capsys):

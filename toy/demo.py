@@ -21,6 +21,7 @@ from toy.loop import TrainingError
 from toy.pictures import tile
 from toy.samplers import noise_for, sample_student, sample_teacher
 
+REFUSED = (ValueError, OSError, LookupError, RuntimeError, TrainingError, CheckpointError)
 COUNT, COLUMNS, SCALE = 16, 4, 4  # images, in a row, screen pixels of each pixel
 
 
@@ -101,7 +102,7 @@ def main(argv=None):
     except ModuleNotFoundError:
         print("toy/demo.py: needs gradio; python -m pip install gradio", file=sys.stderr)
         return 2
-    except (ValueError, OSError, RuntimeError, TrainingError, CheckpointError) as error:
+    except REFUSED as error:
         print(f"toy/demo.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -26,8 +26,8 @@ from common.checkpoints import write_text
 from common.origin import commit, machine
 from toy.data import to_float
 from toy.features import TeacherEncoder, make_features
-from toy.finished import load_results, load_settings, load_student, load_teacher
-from toy.loop import Stage, TrainingError
+from toy.finished import check_whole, load_results, load_settings, load_student, load_teacher
+from toy.loop import Stage
 from toy.metrics import closeness
 from toy.networks import has_bf16
 from toy.program import exit_code, load_data, pick_device, set_threads
@@ -66,7 +66,7 @@ def parse_arguments(argv):
 
 @torch.no_grad()
 def embed(judge, images, device):
-    """Embeddings (N, D) of images (N, C, H, W), both on the CPU."""
+    """Embeddings (N, D), on the CPU, of images (N, C, H, W)."""
     return torch.cat([judge(chunk.to(device)).cpu() for chunk in images.split(250)])
 
 
@@ -129,18 +129,11 @@ def table(judged):
 def load(run, device):
     """(settings, data, student, teacher, results, their key) of a finished run, on the device.
     TrainingError if they do not belong together."""
-    settings, (results, key), (student, *_) = (
-        load_settings(run),
-        load_results(run),
-        load_student(run),
-    )
+    settings, (results, key) = load_settings(run), load_results(run)
+    student, *_ = load_student(run)
     teacher, data = load_teacher(run, student), load_data(settings)
-    if key != stage_key(settings, "eval", data.fingerprint):
-        raise TrainingError(
-            f"--run {run}: its results are of other settings or other data than its config.json; "
-            f"python toy/run.py --resume --out {run} brings them up to date"
-        )
-    for network in (student.denoiser.network, teacher.network):  # as they were scored
+    check_whole(run, data.fingerprint)
+    for network in (student.denoiser.network, teacher.network):  # emulated, it would be slow
         network.bf16 = settings.precision == "bf16" and has_bf16(device)
     return settings, data, student.to(device), teacher.to(device), results, key
 

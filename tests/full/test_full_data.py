@@ -88,6 +88,22 @@ def test_resumed_after_any_batch_the_stream_goes_on_where_it_was(shards, tmp_pat
         assert captions(chosen, 16 - after, state=state)[0] == whole[2 * after :]
 
 
+def test_a_window_is_emptied_before_the_next_is_read(shards):
+    chosen = settings(shards, shuffle_window=2)
+    source, left = data.open_source(chosen), []
+    windows = source.windows
+
+    def watched(*place, **more):
+        for after, window in windows(*place, **more):
+            yield after, window
+            left.append(len(window))
+
+    source.windows = watched
+    samples = iter(data.Stream(source, chosen))
+    assert len({next(samples)["caption"] for _ in range(5)}) == 5
+    assert left == [0, 0]
+
+
 def test_a_folder_with_captions_beside_images_or_in_metadata(tmp_path):
     folder = tiny.write_images(tmp_path / "images", 6, (40, 40))
     beside = captions(settings(folder), 3)[0]

@@ -1,5 +1,6 @@
 """toy/judge.py: a finished run in the features of other networks."""
 
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 from toy_runs import main_in_process
 
+from common.checkpoints import read, write
 from toy import judge
 from toy.data import to_float
 from toy.finished import load_results, load_settings, load_student, load_teacher
@@ -71,7 +73,7 @@ def test_the_vits_are_three_of_their_own_and_are_used_again(judged, capsys):
         next(w for w in torch.load(p, weights_only=True)["networks"].values() if w.ndim > 1)
         for p in paths
     ]
-    assert not torch.equal(embeds[0], embeds[1]) and not torch.equal(embeds[0], embeds[2])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(embeds, 2))
     before = [path.stat().st_mtime_ns for path in paths]
     scores = (judged / "judges.json").read_text()
     assert judge.main(["--run", str(judged), *FLAGS]) == 0
@@ -110,15 +112,30 @@ def test_a_mistake_gives_one_line(judged, arguments, named, capsys):
     assert code == 2 and named in err and err.count("\n") == 1
 
 
-def test_a_run_whose_settings_have_changed_since_is_not_judged(judged, tmp_path, capsys):
-    """As after Ctrl-C in a run with other settings: what is there does not belong together."""
-    run = tmp_path / "run"
-    shutil.copytree(judged, run)
-    config = json.loads((run / "config.json").read_text())
-    config["settings"]["distil_lambda"] = 3.0
-    (run / "config.json").write_text(json.dumps(config))
+def change(path, change):
+    """Change what is in a checkpoint."""
+    state = read(path)
+    change(state)
+    write(path, state)
+
+
+@pytest.mark.parametrize("part", ["config", "teacher", "another teacher", "student"])
+def test_a_run_whose_parts_do_not_belong_together_is_not_judged(judged, part, tmp_path, capsys):
+    """As after Ctrl-C in a run with other settings in the same folder."""
+    run = shutil.copytree(judged, tmp_path / "run")
+    teacher, student = run / "teacher" / "checkpoint.pt", run / "distil" / "student.pt"
+    if part == "config":
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["distil_lambda"] = 3.0
+        (run / "config.json").write_text(json.dumps(config))
+    elif part == "teacher":
+        change(teacher, lambda state: state.update(finished=False))
+    elif part == "another teacher":
+        change(teacher, lambda state: state.update(key="another"))
+    else:
+        change(student, lambda state: state["settings"].update(distil_lambda=3.0))
     code, err = main_in_process(judge, ["--run", run, *FLAGS], capsys)
-    assert code == 2 and "its results are of other settings" in err and err.count("\n") == 1
+    assert code == 2 and "are not all of the settings" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,7 @@ def test_a_run_whose_settings_have_changed_since_is_not_judged(judged, tmp_path,
         ({"config.json": "{"}, "config.json is not the settings of this version"),
         ({"config.json": '{"settings": {}}'}, "checkpoint.pt is missing"),
         ({"config.json": '{"settings": {"seed": "x"}}'}, "is not the settings"),
+        ({}, "no finished run there"),
     ],
 )
 def test_a_teacher_that_is_not_there_gives_one_line(tmp_path, files, named):
