@@ -76,6 +76,7 @@ def make_judges(run, iterations, data, settings, teacher, device):
     for kind, name in VITS.items():
         changes = dict(features=kind, features_steps=iterations, seed=seed)
         own = dataclasses.replace(settings, **changes)
+        print(f"judge: {name}", flush=True)
         key = stage_key(own, "features", data.fingerprint)
         network, _ = make_features(Stage(run / "judges" / kind, data, own, device, key))
         judges[name] = network.summary
